@@ -1,0 +1,185 @@
+"""Checkpoints that are whole or absent: how they are written, found, verified, loaded and retained.
+
+    runs/NAME/step_000500/model.safetensors         the weights, under the model's own parameter names
+                          train_state.safetensors   the optimiser's state
+                          meta.json                 step, model, tokenizer, data, configuration, metrics, checksums
+
+A checkpoint is written into a temporary folder beside its place, flushed to disk and renamed.  safetensors holds
+tensors alone, so that nothing in a checkpoint that someone else made can run.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cli import UserError, check
+from files import flush, publish, read_json, sha256, write_json
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+RUNS = Path("runs")
+
+
+def run_folder(run: str) -> Path:
+    """Where a run lives: `runs/NAME` for a bare name, the path itself for anything with a slash in it."""
+    return RUNS / run if Path(run).name == run else Path(run)
+
+
+# ---- one checkpoint ------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, model: GPT, train_state: dict[str, Tensor], meta: dict) -> None:
+    """Write a checkpoint into `folder`, which appears whole or not at all.
+
+    Args:
+        model: the raw model, neither compiled nor wrapped.
+        train_state: see `optimizer_state`.
+        meta: what else to keep; "version", "model" and "files" are added here.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, tensors in {"model": model.state_dict(), "train_state": train_state}.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
+        files = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+        for file in files:
+            flush(temporary / file)
+        head = {"version": FORMAT_VERSION, "model": asdict(model.config), "files": files}
+        write_json(temporary / "meta.json", meta | head)
+        publish(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder} could not be written: {error}; the checkpoints before it are untouched") from None
+
+
+def read_meta(folder: Path) -> dict:
+    """A checkpoint's `meta.json`.  Raises `UserError`: missing, damaged, or of another format version."""
+    check((folder / "meta.json").is_file(), f"{folder} is no checkpoint: it has no meta.json")
+    meta = read_json(folder / "meta.json")
+    version = meta.get("version")
+    check(
+        version == FORMAT_VERSION,
+        f"{folder} has checkpoint format version {version}, this code reads"
+        f" {FORMAT_VERSION}: use the code that wrote it",
+    )
+    return meta
+
+
+def load_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
+    """The tensors of one of a checkpoint's files, checksum verified first.  Raises `UserError` where it is damaged."""
+    file = folder / f"{name}.safetensors"
+    check(file.is_file(), f"{folder} is damaged: {file.name} is missing")
+    intact = sha256(file) == meta.get("files", {}).get(file.name)
+    check(
+        intact, f"{file} is damaged or truncated: its checksum is not the one in meta.json; use an earlier checkpoint"
+    )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+
+
+def load_weights(folder: Path, meta: dict) -> GPT:
+    """The model of a checkpoint.  Raises `UserError` where its files are damaged or do not fit each other."""
+    try:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**meta["model"]))
+        model.load_state_dict(load_tensors(folder, "model", meta), assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} is damaged: {error}") from None
+    return model
+
+
+# ---- the optimiser's state as named tensors ------------------------------------------------------------------------
+
+
+def optimizer_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as named tensors, "exp_avg.wte.weight" for example."""
+    named = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{key}.{named[p]}": tensor for p, state in optimizer.state.items() for key, tensor in state.items()}
+
+
+def load_optimizer_state(folder: Path, meta: dict, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimiser the state that a checkpoint holds, on the devices of its parameters."""
+    parameters = dict(model.named_parameters())
+    for key, tensor in load_tensors(folder, "train_state", meta).items():
+        key, name = key.split(".", 1)
+        fits = name in parameters and tensor.shape in (parameters[name].shape, ())
+        check(fits, f"{folder} is damaged: its optimiser state {key}.{name} does not fit the model")
+        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+
+
+# ---- the checkpoints of a run --------------------------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    found = [folder for folder in run.glob("step_*") if (folder / "meta.json").is_file() and folder.suffix != ".tmp"]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def best(run: Path) -> Path:
+    """The checkpoint of a run with the lowest validation loss; the newest of equals.  The run has at least one."""
+
+    def loss(folder: Path) -> float:
+        return read_meta(folder).get("metrics", {}).get("val_loss", float("inf"))
+
+    return min(reversed(checkpoints(run)), key=loss)
+
+
+def retain(run: Path, keep: int) -> None:
+    """Delete a run's checkpoints except the newest `keep` and the best."""
+    found = checkpoints(run)
+    for folder in set(found[:-keep]) - {best(run)}:
+        doomed = folder.with_name(folder.name + ".tmp")  # renamed first: half a deletion must not look whole
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model to start from, and where it came from: `tokenizer` is the one it was trained with; `chat` says whether it
+    was finetuned to the chat format."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    chat: bool
+    source: str
+
+
+def load(source: str) -> Loaded:
+    """A model from a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a hub id.
+
+    Raises `UserError`: nothing of the kind is there, or it is damaged.
+    """
+    folder = run_folder(source) if run_folder(source).is_dir() else Path(source)
+    if folder.is_dir() and checkpoints(folder):
+        folder = best(folder)
+    if (folder / "meta.json").is_file():
+        meta = read_meta(folder)
+        model, tokenizer = load_weights(folder, meta), load_tokenizer(meta.get("tokenizer", ""))
+        chat = model.config.vocab_size == tokenizer.chat_vocab_size
+        known = chat or model.config.vocab_size == tokenizer.vocab_size
+        check(known, f"{folder} has a vocabulary of {model.config.vocab_size}, which is not {tokenizer.name}'s")
+        return Loaded(model, tokenizer, chat, str(folder))
+    looks_like_path = folder.is_dir() or source.count("/") > 1 or source.startswith((".", "/", "runs/"))
+    check(
+        (folder / "config.json").is_file() or not looks_like_path,
+        f"{source}: no checkpoint there; train one with pretrain.py, or name a run, a checkpoint, a Hugging Face"
+        " GPT-2 folder or a hub id",
+    )
+    try:
+        model = GPT.from_pretrained(folder if folder.is_dir() else source)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
+    tokenizer = load_tokenizer("gpt2")
+    fits = model.config.vocab_size == tokenizer.vocab_size
+    check(fits, f"{source} has a vocabulary of {model.config.vocab_size} tokens, gpt2 has {tokenizer.vocab_size}")
+    return Loaded(model, tokenizer, False, source)

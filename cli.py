@@ -1,0 +1,108 @@
+"""The command line that every script shares: a dataclass becomes the flags, a mistake becomes one line, long work shows
+how far it is."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can put right.  The text is one line: the value, the rule, the fix."""
+
+
+def run(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
+    """Parse the command line into `config_class`, call `main` with it, and turn mistakes into exit codes.
+
+    Exit codes: 0 done, 2 a mistake that one line on stderr explains, 130 interrupted by Ctrl-C.  Anything else is a bug
+    and keeps its traceback.
+    """
+    config = tyro.cli(config_class, description=description, use_underscores=True)
+    try:
+        main(config)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except BrokenPipeError:  # the reader of our output went away, as in `generate.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
+        sys.exit(0)
+    except OSError as error:  # disk full, no permission, read-only: the machine's state, not a bug in the script
+        if error.errno is None:
+            raise
+        fix = ": free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        fail(f"{error.filename or 'file system'}: {error.strerror}{fix}")
+
+
+def fail(message: str, code: int = 2) -> None:
+    """End the process with one line on stderr; under torchrun, with one line per machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf"), open_low: bool = False) -> None:
+    """Raise `UserError` unless `low <= value <= high` (`low < value` with `open_low`); NaN is never in range."""
+    if not (low < value if open_low else low <= value) or not value <= high:
+        rule = f"above {low:g}" if open_low else f"at least {low:g}"
+        rule += f" and at most {high:g}" if high < float("inf") else ""
+        raise UserError(f"--{name} is {value}: it must be {rule}")
+
+
+class Progress:
+    """How far long work is: a bar on a terminal, a plain line every few seconds in a log file.
+
+    Args:
+        total: how many units the work has; None where nobody knows.
+        unit: what is counted, "step" or "token".
+        initial: how many were done before (a resumed run).
+        enabled: False shows nothing (all processes but the first).
+    """
+
+    def __init__(self, total: int | None, unit: str, initial: int = 0, enabled: bool = True, seconds: float = 10.0):
+        self.total, self.unit, self.done, self.enabled, self.seconds = total, unit, initial, enabled, seconds
+        self.initial, self.started, self.printed = initial, time.perf_counter(), 0.0
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=total, unit=unit, initial=initial, unit_scale=unit == "token", dynamic_ncols=True)
+
+    def update(self, n: int, figures: str = "") -> None:
+        """Count `n` more units; `figures` is shown beside the count."""
+        self.done += n
+        if self.bar is not None:
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(n)
+        elif self.enabled and (time.perf_counter() - self.printed > self.seconds or self.done == self.total):
+            self.printed = time.perf_counter()
+            of_total = f"/{self.total:,}" if self.total else ""
+            print(f"{self.unit} {self.done:,}{of_total}  {figures}  {self.time_left()}".rstrip(), flush=True)
+
+    def time_left(self) -> str:
+        """The time that the rest takes at the speed so far, as "12:34 left"; empty where the total is unknown."""
+        if not self.total or self.done <= self.initial:
+            return ""
+        elapsed = time.perf_counter() - self.started
+        return f"{tqdm.format_interval(elapsed / (self.done - self.initial) * (self.total - self.done))} left"
+
+    def print(self, line: str) -> None:
+        """Print a line of its own, above the bar if there is one."""
+        if self.bar is not None:
+            self.bar.write(line)
+        elif self.enabled:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and go to the next line."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,195 @@
+"""Teach a pretrained model to answer, on the conversations of a dataset folder.
+
+    python finetune.py                                              # the best checkpoint of runs/gpt2, on data/dolly
+    python finetune.py --init openai-community/gpt2                 # OpenAI's GPT-2 124M from the hub instead
+    python finetune.py --init runs/mine --data data/mine_chat --run mine_chat
+    torchrun --standalone --nproc_per_node=8 finetune.py --micro_batch_size 2
+
+Only what the assistant says is learned.  The same command again goes on where the run stopped.  Three epochs of
+Dolly-15k are some six hundred steps: minutes on one GPU.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+
+import checkpoint
+import cli
+from checkpoint import best, run_folder
+from cli import check
+from data import ChatDataset, train_batches, val_batches
+from model import GPT
+from runs import Log, Run
+from training import (
+    Processes,
+    batch_rows,
+    build_optimizer,
+    lr_at,
+    parallelize,
+    seed_step,
+    start_processes,
+    train_step,
+    validate,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = "runs/gpt2"
+    """The weights to start from: a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id."""
+    data: str = "data/dolly"
+    """The dataset folder that prepare_dolly.py made."""
+    run: str = "dolly"
+    """The run: a name under runs/, or a path with a slash in it."""
+    epochs: float = 3.0
+    """How often every conversation is seen."""
+    steps: int | None = None
+    """Optimiser steps instead of epochs."""
+    batch_tokens: int = 16_384
+    """Tokens per step over all processes: packed rows, questions and padding counted."""
+    micro_batch_size: int = 4
+    """Rows that a process computes at once; the rest of the batch is gradient accumulation."""
+    lr: float = 1e-4
+    """The highest learning rate."""
+    warmup_fraction: float = 0.05
+    """The part of the steps in which the learning rate rises; it then falls along a cosine to a tenth."""
+    weight_decay: float = 0.1
+    """Of the matrices."""
+    grad_clip: float = 1.0
+    """The longest gradient."""
+    dropout: float = 0.1
+    """The fraction of activations that is dropped while training."""
+    val_every: int = 50
+    """Steps between two validations, on the whole validation split."""
+    save_every: int = 100
+    """Steps between two checkpoints; each is validated too, so that the best one is known."""
+    keep: int = 2
+    """The newest checkpoints that stay; the best one stays as well."""
+    seed: int = 1337
+    """Decides the order of the data and the dropout."""
+    device: str | None = None
+    """cuda, mps or cpu; None takes the best there is."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the matrix products; None takes bfloat16 where a GPU has it."""
+    compile: bool = field(default_factory=torch.cuda.is_available)
+    """Compile the model; the first step then takes about a minute."""
+
+
+# How a run is computed and kept, as against what it computes: these may change when it is resumed.
+HOW = {"data", "run", "micro_batch_size", "val_every", "save_every", "keep", "device", "dtype", "compile"}
+
+
+def main(config: Config) -> None:
+    check_config(config)
+    procs = start_processes(config.device, config.dtype)
+    folder = run_folder(config.run)
+    resumed = checkpoint.checkpoints(folder)[-1:]
+    start = checkpoint.load(str(resumed[0]) if resumed else config.init)
+    block_size = start.model.config.block_size
+    rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
+    data = ChatDataset(config.data, block_size)
+    check_tokenizer(config, start, data)
+    steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / rows)
+    identity = {name: value for name, value in asdict(config).items() if name not in HOW} | {"data": data.fingerprint}
+    run = Run(folder, identity, {"tokenizer": data.tokenizer.name}, config.keep, procs)
+
+    model = start.model.adapt(data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
+    optimizer = build_optimizer(model, config.lr, config.weight_decay)
+    step = run.resume(model, optimizer)
+    trained = parallelize(model, procs, config.compile)
+    log = Log(run, model, step, steps, config.batch_tokens)
+    if procs.is_main:
+        introduce(config, data, model, procs, start.source, rows, steps, step, log.peak_source)
+
+    def validation_loss() -> float:
+        batches = val_batches(data, data.n_rows["val"], config.micro_batch_size, procs.rank, procs.world_size)
+        return validate(trained, batches, procs)
+
+    if step == 0:
+        log.validation(step, validation_loss())
+    while step < steps:
+        started = time.perf_counter()
+        batches = train_batches(data, step, config.seed, rows, config.micro_batch_size, procs.rank, procs.world_size)
+        lr = lr_at(step, steps, config.lr, config.warmup_fraction)
+        seed_step(config.seed, step, procs.rank)
+        metrics = train_step(trained, batches, optimizer, lr, config.grad_clip, procs)
+        step += 1
+        log.step(step, metrics, lr, started)
+        save = step % config.save_every == 0 or step == steps
+        if save or step % config.val_every == 0:
+            val_loss = validation_loss()
+            log.validation(step, val_loss)
+        if save:
+            run.save(step, model, optimizer, {"val_loss": val_loss})
+    log.close()
+    if procs.is_main:
+        print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
+        print(f"next: python generate.py --checkpoint {run.folder} --chat")
+    procs.close()
+
+
+def check_config(config: Config) -> None:
+    """Everything that can be wrong with the values alone."""
+    for name in ("batch_tokens", "micro_batch_size", "val_every", "save_every", "keep"):
+        cli.check_range(name, getattr(config, name), 1)
+    if config.steps is not None:
+        cli.check_range("steps", config.steps, 1)
+    cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
+    cli.check_range("lr", config.lr, 0, 1, open_low=True)
+    cli.check_range("warmup_fraction", config.warmup_fraction, 0, 1)
+    cli.check_range("weight_decay", config.weight_decay, 0)
+    cli.check_range("grad_clip", config.grad_clip, 0, open_low=True)
+    cli.check_range("dropout", config.dropout, 0, 0.9)
+    cli.check_range("seed", config.seed, 0)
+
+
+def check_tokenizer(config: Config, start: checkpoint.Loaded, data: ChatDataset) -> None:
+    """The model and the data must speak of the same tokens."""
+    check(
+        start.tokenizer.name == data.tokenizer.name,
+        f"{config.data} has {data.tokenizer.name} tokens and {start.source} knows {start.tokenizer.name} tokens: run"
+        f" prepare_dolly.py with --tokenizer {start.tokenizer.name}",
+    )
+
+
+def introduce(
+    config: Config,
+    data: ChatDataset,
+    model: GPT,
+    procs: Processes,
+    source: str,
+    rows: int,
+    steps: int,
+    step: int,
+    peak_source: str,
+) -> None:
+    """Print what is about to be computed."""
+    block_size = model.config.block_size
+    accumulation = rows // (config.micro_batch_size * procs.world_size)
+    train = data.meta["train"]
+    filled = train["tokens"] / (data.n_rows["train"] * block_size)
+    precision = str(procs.dtype).removeprefix("torch.")
+    print(
+        f"model      {source}: {model.num_parameters():,} parameters, context {block_size}, {precision}"
+        f" on {procs.device.type}{', compiled' if config.compile else ''}"
+    )
+    print(
+        f"data       {config.data}: {train['documents']:,} conversations packed into {data.n_rows['train']:,} rows,"
+        f" {filled:.1%} full; {train['learned_tokens']:,} tokens to learn"
+    )
+    print(
+        f"batch      {config.batch_tokens:,} tokens a step = {config.micro_batch_size} rows x {block_size} tokens x"
+        f" {procs.world_size} processes x {accumulation} micro-batches"
+    )
+    print(
+        f"run        {run_folder(config.run)}: {steps:,} steps, {steps * rows / data.n_rows['train']:.2f} epochs"
+        f"{f'; going on after step {step:,}' if step else ''}"
+    )
+    print(f"100 % MFU  {peak_source}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,195 @@
+"""Write with a model, or talk to it.
+
+    python generate.py --prompt "Why is the sky blue?"              # runs/dolly if it is there, else runs/gpt2
+    python generate.py --chat                                       # a conversation in the terminal
+    python generate.py --checkpoint runs/gpt2 --prompt "The sea" --num_samples 4 --max_tokens 100
+    python generate.py --checkpoint openai-community/gpt2 --prompt "The sea"
+
+A model that was finetuned answers the prompt as a question; --raw continues it as a text, as a pretrained model
+always does.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import checkpoint
+import cli
+from checkpoint import Loaded, run_folder
+from cli import check
+from sampling import generate
+from tokenizer import TextStream
+from training import find_device
+
+
+@dataclass(frozen=True)
+class Config:
+    prompt: str | None = None
+    """The text to go on from, or the question to answer."""
+    chat: bool = False
+    """Hold a conversation of several turns."""
+    checkpoint: str | None = None
+    """A run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id; None takes runs/dolly if it is
+    there, else runs/gpt2."""
+    raw: bool = False
+    """Continue the prompt as plain text, even with a chat model."""
+    system: str | None = None
+    """What a chat model is told before the conversation."""
+    max_tokens: int = 256
+    """The most tokens that are made, per sample or answer."""
+    temperature: float = 0.8
+    """Below 1 likelier, above 1 wilder; 0 always takes the likeliest token."""
+    top_k: int | None = 200
+    """Draw from the k likeliest tokens; None from all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together reach this probability; 1 from all."""
+    num_samples: int = 1
+    """How many texts are made, together in one batch."""
+    seed: int | None = None
+    """The same seed gives the same text; None another each time."""
+    device: str | None = None
+    """cuda, mps or cpu; None takes the best there is."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights."""
+
+
+def main(config: Config) -> None:
+    check_config(config)
+    device = find_device(config.device)
+    source = config.checkpoint or ("runs/dolly" if checkpoint.checkpoints(run_folder("dolly")) else "runs/gpt2")
+    loaded = checkpoint.load(source)
+    check(loaded.chat or not config.chat, f"{loaded.source} is not a chat model: finetune it first, or use --prompt")
+    loaded.model.to(device, dtype=getattr(torch, config.dtype)).eval()
+    writer = Writer(config, loaded, device)
+    if config.chat:
+        hold_conversation(config, writer)
+    elif loaded.chat and not config.raw:
+        writer.write(answer_prompt(config, loaded, [*messages_before(config), message("user", config.prompt)]))
+    else:
+        writer.write([loaded.tokenizer.end_of_text, *loaded.tokenizer.encode(config.prompt)], echo=config.prompt)
+
+
+def check_config(config: Config) -> None:
+    """Everything that can be wrong with the values alone."""
+    check(config.chat or config.prompt is not None, "nothing to do: give a --prompt, or --chat for a conversation")
+    check(not (config.chat and config.prompt is not None), "--chat and --prompt exclude each other: type in the chat")
+    check(not (config.chat and config.num_samples > 1), "--chat gives one answer: leave --num_samples out")
+    check(not (config.chat and config.raw), "--chat and --raw exclude each other: a chat needs the chat format")
+    cli.check_range("temperature", config.temperature, 0, 100)
+    cli.check_range("top_p", config.top_p, 0, 1, open_low=True)
+    for name in ("max_tokens", "num_samples", "top_k"):
+        if getattr(config, name) is not None:
+            cli.check_range(name, getattr(config, name), 1)
+
+
+def message(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def messages_before(config: Config) -> list[dict]:
+    """What every conversation begins with."""
+    return [message("system", config.system)] if config.system is not None else []
+
+
+def answer_prompt(config: Config, loaded: Loaded, messages: list[dict]) -> list[int]:
+    """The tokens after which the assistant speaks, shortened where they leave no room for an answer."""
+    block_size = loaded.model.config.block_size
+    room = block_size - min(config.max_tokens, block_size // 4)
+    whole, _ = loaded.tokenizer.encode_chat(messages, reply=True)
+    if len(whole) <= room:
+        return whole
+    warn(f"the conversation has {len(whole)} tokens, the context {block_size}: its oldest part is left out")
+    shortened = loaded.tokenizer.encode_chat(messages, max_length=room, reply=True)
+    check(shortened is not None, f"the system message alone fills the context of {block_size} tokens: shorten it")
+    return shortened[0]
+
+
+class Writer:
+    """Makes text and shows it as it is made."""
+
+    def __init__(self, config: Config, loaded: Loaded, device: torch.device):
+        self.config, self.loaded = config, loaded
+        self.generator = torch.Generator(device)
+        if config.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(config.seed)
+
+    def write(self, prompt: list[int], echo: str = "") -> str:
+        """Continue a prompt and print the result: one sample token by token, several when they are complete.
+
+        Args:
+            echo: what to print before each sample.
+
+        Returns:
+            the first sample's text.
+        """
+        config, block_size = self.config, self.loaded.model.config.block_size
+        if len(prompt) > block_size:
+            warn(f"the prompt has {len(prompt)} tokens, the context {block_size}: only its end is used")
+        alone = config.num_samples == 1
+        streams = [TextStream(self.loaded.tokenizer) for _ in range(config.num_samples)]
+        texts = [""] * config.num_samples
+        if alone:
+            show(echo)
+        for tokens in self.tokens(prompt):
+            for i, token in enumerate(tokens):
+                if token is not None:
+                    texts[i] += (piece := streams[i].add(token))
+                    if alone:
+                        show(piece)
+        for i, stream in enumerate(streams):
+            texts[i] += (piece := stream.end())
+            show(piece + "\n" if alone else f"--- sample {i + 1}\n{echo}{texts[i]}\n")
+        return texts[0]
+
+    def tokens(self, prompt: list[int]):
+        """The next token of every sample, until all have ended; None for a sample that has."""
+        config, tokenizer = self.config, self.loaded.tokenizer
+        stop = {tokenizer.end_of_text, tokenizer.end_of_turn}
+        ended = [False] * config.num_samples
+        sampled = generate(
+            self.loaded.model,
+            prompt,
+            config.num_samples,
+            self.generator,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+        )
+        for _, tokens in zip(range(config.max_tokens), sampled, strict=False):
+            drawn = tokens.tolist()
+            ended = [done or token in stop for done, token in zip(ended, drawn, strict=True)]
+            if all(ended):
+                return
+            yield [None if done else token for done, token in zip(ended, drawn, strict=True)]
+
+
+def hold_conversation(config: Config, writer: Writer) -> None:
+    """Read, answer, and remember, until the input ends (Ctrl-D) or Ctrl-C."""
+    messages = messages_before(config)
+    print(f"{writer.loaded.source}: type, and press Enter; Ctrl-D ends the conversation")
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return
+        if text.strip():
+            messages.append(message("user", text))
+            answer = writer.write(answer_prompt(config, writer.loaded, messages))
+            messages.append(message("assistant", answer))
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,187 @@
+"""Turn instructions and conversations into tokens, with a mask of what the assistant learns, for finetuning.
+
+    python prepare_dolly.py                                         # databricks-dolly-15k, from the hub
+    python prepare_dolly.py --files mine.jsonl --out data/mine      # your own
+
+A line of your own `.jsonl` is a record in Dolly's columns, in Alpaca's, or a conversation of any number of turns:
+
+    {"instruction": "Who wrote it?", "context": "Emma, by Jane Austen", "response": "Jane Austen."}
+    {"instruction": "Who wrote it?", "input": "Emma, by Jane Austen", "output": "Jane Austen."}
+    {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you."}]}
+
+Writes `.npy` arrays and `meta.json` into `--out`, where `finetune.py` reads them.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import cli
+from cli import Progress, UserError, check
+from shards import FORMAT_VERSION, SPLITS, close_output, is_validation, open_output, write_array
+from sources import Record, expand, hub_dataset, read_files
+from tokenizer import ROLES, Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "databricks/databricks-dolly-15k"
+    """An instruction dataset on the Hugging Face Hub; its split "train" is read."""
+    name: str | None = None
+    """Which of the dataset's configurations; None where it has one only."""
+    files: tuple[str, ...] = ()
+    """Local .jsonl files instead, as paths or globs."""
+    tokenizer: str = "gpt2"
+    """gpt2, or bytes, which needs no download; the model's own."""
+    out: Path = Path("data/dolly")
+    """The dataset folder to make."""
+    block_size: int = 1024
+    """The longest conversation in tokens: the model's context."""
+    val_fraction: float = 0.02
+    """The part of the conversations that is kept for validation."""
+
+
+@dataclass
+class Conversations:
+    """One split as it grows: arrays of tokens and of learned marks, one each per conversation."""
+
+    tokens: list[np.ndarray]
+    learned: list[np.ndarray]
+
+
+def main(config: Config) -> None:
+    cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
+    cli.check_range("block_size", config.block_size, 16)
+    tokenizer = load_tokenizer(config.tokenizer)
+    source, records = open_source(config)
+    description = describe(config, tokenizer, source)
+    if not open_output(config.out, description):
+        print(f"{config.out} is already complete.")
+        return
+
+    splits = {split: Conversations([], []) for split in SPLITS}
+    counts = {"shortened": 0, "dropped": 0, "skipped_empty": 0}
+    progress = Progress(None, "conversation")
+    for place, messages in conversations(records, counts):
+        progress.update(1)
+        encoded = encode(tokenizer, place, messages, config.block_size, counts)
+        if encoded is not None:
+            split = splits["val" if is_validation(json.dumps(messages).encode(), config.val_fraction) else "train"]
+            split.tokens.append(np.array(encoded[0], dtype=np.uint16))
+            split.learned.append(np.array(encoded[1], dtype=bool))
+    progress.close()
+    total = sum(len(split.tokens) for split in splits.values())
+    check(total > 0, f"no conversations: the source holds none that can be learned ({counts})")
+    for name, split in splits.items():
+        check(
+            len(split.tokens) > 0,
+            f"none of the {total} conversations fell into the {name} split at --val_fraction"
+            f" {config.val_fraction}: choose another fraction",
+        )
+    manifest = {name: write_split(config.out, name, split) for name, split in splits.items()}
+    close_output(config.out, description | manifest | counts)
+    summarise(config, manifest, counts)
+
+
+def open_source(config: Config) -> tuple[dict, Iterator[Record]]:
+    """What the manifest says of the source, and its records."""
+    if config.files:
+        files = expand(config.files, (".jsonl",))
+        return {"files": [{"file": str(file), "bytes": file.stat().st_size} for file in files]}, read_files(files)
+    revision, records = hub_dataset(config.dataset, config.name)
+    return {"dataset": config.dataset, "name": config.name, "revision": revision}, records
+
+
+def describe(config: Config, tokenizer: Tokenizer, source: dict) -> dict:
+    """The part of the manifest that is known before the work starts; the same description gives the same bytes."""
+    return {
+        "version": FORMAT_VERSION,
+        "kind": "chat",
+        "tokenizer": config.tokenizer,
+        "vocab_size": tokenizer.chat_vocab_size,
+        "source": source,
+        "block_size": config.block_size,
+        "val_fraction": config.val_fraction,
+    }
+
+
+def conversations(records: Iterable[Record], counts: dict) -> Iterator[tuple[str, list[dict]]]:
+    """Each record as (place, messages); records in which nobody says anything are counted and passed over."""
+    for place, record in records:
+        messages = to_messages(place, record)
+        if any(message["content"].strip() for message in messages):
+            yield place, messages
+        else:
+            counts["skipped_empty"] += 1
+
+
+def to_messages(place: str, record: dict) -> list[dict]:
+    """A record as messages of "role" and "content".  Raises `UserError`, naming the record, where it is none."""
+    if "messages" in record:
+        messages = record["messages"]
+        check(isinstance(messages, list), f"{place}: messages must be a list")
+        for message in messages:
+            known = isinstance(message, dict) and message.get("role") in ROLES
+            check(
+                known and isinstance(message.get("content"), str),
+                f"{place}: a message needs a role ({', '.join(ROLES)}) and a content in text",
+            )
+        return [{"role": message["role"], "content": message["content"]} for message in messages]
+    instruction = field(place, record, "instruction")
+    context = field(place, record, "context", "input", optional=True)
+    response = field(place, record, "response", "output")
+    question = f"{instruction}\n\n{context}" if context else instruction
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+
+
+def field(place: str, record: dict, *names: str, optional: bool = False) -> str:
+    """The text in the first of these fields that the record has."""
+    value = next((record[name] for name in names if record.get(name) is not None), "" if optional else None)
+    if not isinstance(value, str):
+        fields = ", ".join(map(str, record))
+        raise UserError(f"{place}: no text in field {' or '.join(map(repr, names))}; the record has: {fields}")
+    return value
+
+
+def encode(
+    tokenizer: Tokenizer, place: str, messages: list[dict], block_size: int, counts: dict
+) -> tuple[list[int], list[bool]] | None:
+    """A conversation's tokens and learned marks, or None where its answer alone is too long; both are counted."""
+    whole = tokenizer.encode_chat(messages)
+    check(any(whole[1]), f"{place}: nothing to learn: the conversation has no message of the assistant")
+    if len(whole[0]) <= block_size:
+        return whole
+    shortened = tokenizer.encode_chat(messages, max_length=block_size)
+    counts["dropped" if shortened is None else "shortened"] += 1
+    return shortened
+
+
+def write_split(folder: Path, name: str, split: Conversations) -> dict:
+    """Write one split's three arrays; returns the split's entry in the manifest."""
+    offsets = np.cumsum([0, *map(len, split.tokens)], dtype=np.int64)
+    tokens, learned = np.concatenate(split.tokens), np.concatenate(split.learned)
+    arrays = {"tokens": tokens, "learned": learned, "offsets": offsets}
+    return {
+        "documents": len(split.tokens),
+        "tokens": len(tokens),
+        "learned_tokens": int(learned.sum()),
+        "files": [write_array(folder / f"{name}_{key}.npy", array) for key, array in arrays.items()],
+    }
+
+
+def summarise(config: Config, manifest: dict, counts: dict) -> None:
+    for name, split in manifest.items():
+        learned = f"{split['learned_tokens']:,} of {split['tokens']:,} tokens are learned"
+        print(f"{name}: {split['documents']:,} conversations, {learned}")
+    print(
+        f"{counts['shortened']} shortened to {config.block_size} tokens, {counts['dropped']} dropped (an answer longer"
+        f" than that), {counts['skipped_empty']} empty ones skipped -> {config.out}"
+    )
+    print(f"next: python finetune.py --data {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,159 @@
+"""Turn text into token shards for pretraining.
+
+    python prepare_fineweb.py                                       # FineWeb-Edu's 10-billion-token sample, streamed
+    python prepare_fineweb.py --max_tokens 100_000_000              # a smaller piece of it
+    python prepare_fineweb.py --files 'mine/*.txt' more.jsonl --out data/mine --val_fraction 0.05
+
+Writes `.npy` shards and `meta.json` into `--out`, where `pretrain.py` reads them.  FineWeb-Edu's 10 billion tokens take
+20 GB of disk and some hours, most of them download; memory stays the same however large the corpus is.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import cli
+from cli import Progress, UserError, check
+from shards import FORMAT_VERSION, ShardWriter, close_output, is_validation, open_output
+from sources import Record, expand, hub_dataset, read_files
+from tokenizer import Tokenizer, load_tokenizer, utf8
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "HuggingFaceFW/fineweb-edu"
+    """A text dataset on the Hugging Face Hub; its split "train" is read."""
+    name: str | None = "sample-10BT"
+    """Which of the dataset's configurations; None where it has one only."""
+    files: tuple[str, ...] = ()
+    """Local .txt, .jsonl and .parquet files instead, as paths or globs."""
+    text_field: str = "text"
+    """Where a record has its text."""
+    tokenizer: str = "gpt2"
+    """gpt2, or bytes, which needs no download."""
+    out: Path = Path("data/fineweb_edu")
+    """The dataset folder to make."""
+    shard_tokens: int = 100_000_000
+    """Tokens per shard; a token takes two bytes."""
+    val_fraction: float = 0.005
+    """The part of the documents that is kept for validation."""
+    max_tokens: int | None = None
+    """Stop after the document that reaches this many tokens."""
+
+
+def main(config: Config) -> None:
+    check_config(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    source, records = open_source(config)
+    description = describe(config, source)
+    if not open_output(config.out, description):
+        print(f"{config.out} is already complete.")
+        return
+
+    started, skipped = time.perf_counter(), 0
+    writers = {split: ShardWriter(config.out, split, config.shard_tokens) for split in ("train", "val")}
+    progress = Progress(config.max_tokens, "token")
+    for texts in batched_texts(records, config.text_field):
+        full = [text for text in texts if text.strip()]
+        skipped += len(texts) - len(full)
+        for text, tokens in zip(full, encode_documents(tokenizer, full), strict=True):
+            writers["val" if is_validation(utf8(text), config.val_fraction) else "train"].add(tokens)
+            if reached(writers, config.max_tokens):
+                break
+        written = sum(writer.tokens for writer in writers.values())
+        rate = written / (time.perf_counter() - started)
+        progress.update(written - progress.done, f"{rate / 1e6:.2f} M tokens/s")
+        if reached(writers, config.max_tokens):
+            break
+    progress.close()
+    splits = finish(writers, config, skipped)
+    close_output(config.out, description | splits | {"skipped_empty": skipped})
+    summarise(config, splits, skipped, time.perf_counter() - started)
+
+
+def check_config(config: Config) -> None:
+    cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
+    cli.check_range("shard_tokens", config.shard_tokens, 1)
+    if config.max_tokens is not None:
+        cli.check_range("max_tokens", config.max_tokens, 1)
+
+
+def open_source(config: Config) -> tuple[dict, Iterator[Record]]:
+    """What the manifest says of the source, and its records."""
+    if config.files:
+        files = expand(config.files, (".txt", ".jsonl", ".parquet"))
+        named = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
+        return {"files": named}, read_files(files, config.text_field)
+    revision, records = hub_dataset(config.dataset, config.name)
+    return {"dataset": config.dataset, "name": config.name, "revision": revision}, records
+
+
+def describe(config: Config, source: dict) -> dict:
+    """The part of the manifest that is known before the work starts; the same description gives the same bytes."""
+    return {
+        "version": FORMAT_VERSION,
+        "kind": "text",
+        "tokenizer": config.tokenizer,
+        "vocab_size": load_tokenizer(config.tokenizer).vocab_size,
+        "source": source,
+        "text_field": config.text_field,
+        "shard_tokens": config.shard_tokens,
+        "val_fraction": config.val_fraction,
+        "max_tokens": config.max_tokens,
+    }
+
+
+def batched_texts(records: Iterable[Record], text_field: str, characters: int = 4_000_000) -> Iterator[list[str]]:
+    """The records' texts, in lists of about so many characters.  Raises `UserError` for a record without a text."""
+    texts: list[str] = []
+    size = 0
+    for place, record in records:
+        text = record.get(text_field)
+        if not isinstance(text, str):
+            fields = ", ".join(map(str, record))
+            raise UserError(f"{place}: no text in field {text_field!r}; --text_field can be one of: {fields}")
+        texts.append(text)
+        size += len(text)
+        if size >= characters:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
+    """Each text's tokens behind an end-of-text token."""
+    start = np.array([tokenizer.end_of_text], dtype=np.uint16)
+    return (np.concatenate([start, tokens]) for tokens in tokenizer.encode_batch(texts))
+
+
+def reached(writers: dict[str, ShardWriter], max_tokens: int | None) -> bool:
+    return max_tokens is not None and sum(writer.tokens for writer in writers.values()) >= max_tokens
+
+
+def finish(writers: dict[str, ShardWriter], config: Config, skipped: int) -> dict:
+    """Close the shards.  Raises `UserError` where a split got no document."""
+    documents = sum(writer.documents for writer in writers.values())
+    check(documents > 0, f"no documents: the source holds none that is not empty ({skipped} empty ones)")
+    for split, writer in writers.items():
+        check(
+            writer.documents > 0,
+            f"none of the {documents} documents fell into the {split} split at --val_fraction"
+            f" {config.val_fraction}: choose another fraction",
+        )
+    return {split: writer.close() for split, writer in writers.items()}
+
+
+def summarise(config: Config, splits: dict, skipped: int, seconds: float) -> None:
+    tokens = sum(split["tokens"] for split in splits.values())
+    for name, split in splits.items():
+        print(f"{name}: {split['tokens']:,} tokens in {split['documents']:,} documents, {len(split['files'])} shards")
+    print(f"{tokens:,} tokens in all, {skipped} empty documents skipped, {seconds:.0f} s -> {config.out}")
+    print(f"next: python pretrain.py --data {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,165 @@
+"""Train a GPT-2 from scratch on a dataset folder.
+
+    torchrun --standalone --nproc_per_node=8 pretrain.py            # GPT-2 124M on data/fineweb_edu, into runs/gpt2
+    python pretrain.py                                              # the same on one GPU
+    python pretrain.py --data data/mine --run mine --steps 2000     # on your own text
+
+The same command again goes on where the run stopped.  GPT-2 124M on 10 billion tokens of FineWeb-Edu
+takes 19,073 steps of 524,288 tokens; the README works out the hours and the price.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+import torch
+
+import cli
+from checkpoint import best, run_folder
+from data import TokenDataset, train_batches, val_batches
+from model import GPT, PRESETS
+from runs import Log, Run
+from training import (
+    Processes,
+    batch_rows,
+    build_optimizer,
+    lr_at,
+    parallelize,
+    seed_step,
+    start_processes,
+    train_step,
+    validate,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data/fineweb_edu"
+    """The dataset folder that prepare_fineweb.py made."""
+    run: str = "gpt2"
+    """The run: a name under runs/, or a path with a slash in it."""
+    model: Literal["tiny", "demo", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """The size of the model, from the table in model.py."""
+    steps: int = 19_073
+    """Optimiser steps; the default sees 10 billion tokens."""
+    batch_tokens: int = 524_288
+    """Tokens per step over all processes."""
+    micro_batch_size: int = 16
+    """Rows that a process computes at once; the rest is gradient accumulation.  Halve it when memory runs out."""
+    lr: float = 6e-4
+    """The highest learning rate."""
+    warmup_fraction: float = 0.04
+    """The part of the steps in which the learning rate rises; it then falls along a cosine to a tenth."""
+    weight_decay: float = 0.1
+    """Of the matrices."""
+    grad_clip: float = 1.0
+    """The longest gradient."""
+    dropout: float = 0.0
+    """The fraction of activations that is dropped while training."""
+    val_every: int = 250
+    """Steps between two validations."""
+    val_tokens: int = 2_097_152
+    """Tokens of the validation split that are used, from its beginning."""
+    save_every: int = 1000
+    """Steps between two checkpoints; each is validated too, so that the best one is known."""
+    keep: int = 2
+    """The newest checkpoints that stay; the best one stays as well."""
+    seed: int = 1337
+    """Decides the initial weights, the order of the data and the dropout."""
+    device: str | None = None
+    """cuda, mps or cpu; None takes the best there is."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the matrix products; None takes bfloat16 where a GPU has it."""
+    compile: bool = field(default_factory=torch.cuda.is_available)
+    """Compile the model; the first step then takes about a minute."""
+
+
+# How a run is computed and kept, as against what it computes: these may change when it is resumed.
+HOW = {"data", "run", "micro_batch_size", "val_every", "save_every", "keep", "device", "dtype", "compile"}
+
+
+def main(config: Config) -> None:
+    check_config(config)
+    procs = start_processes(config.device, config.dtype)
+    block_size = PRESETS[config.model].block_size
+    rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
+    data = TokenDataset(config.data, block_size)
+    identity = {name: value for name, value in asdict(config).items() if name not in HOW} | {"data": data.fingerprint}
+    run = Run(run_folder(config.run), identity, {"tokenizer": data.tokenizer.name}, config.keep, procs)
+
+    torch.manual_seed(config.seed)
+    shape = replace(PRESETS[config.model], vocab_size=data.tokenizer.vocab_size, dropout=config.dropout)
+    model = GPT(shape).to(procs.device)
+    optimizer = build_optimizer(model, config.lr, config.weight_decay)
+    step = run.resume(model, optimizer)
+    trained = parallelize(model, procs, config.compile)
+    log = Log(run, model, step, config.steps, config.batch_tokens)
+    if procs.is_main:
+        introduce(config, data, model, procs, rows, step, log.peak_source)
+
+    def validation_loss() -> float:
+        val_rows = max(1, config.val_tokens // block_size)
+        batches = val_batches(data, val_rows, config.micro_batch_size, procs.rank, procs.world_size)
+        return validate(trained, batches, procs)
+
+    if step == 0:
+        log.validation(step, validation_loss())
+    while step < config.steps:
+        started = time.perf_counter()
+        batches = train_batches(data, step, config.seed, rows, config.micro_batch_size, procs.rank, procs.world_size)
+        lr = lr_at(step, config.steps, config.lr, config.warmup_fraction)
+        seed_step(config.seed, step, procs.rank)
+        metrics = train_step(trained, batches, optimizer, lr, config.grad_clip, procs)
+        step += 1
+        log.step(step, metrics, lr, started)
+        save = step % config.save_every == 0 or step == config.steps
+        if save or step % config.val_every == 0:
+            val_loss = validation_loss()
+            log.validation(step, val_loss)
+        if save:
+            run.save(step, model, optimizer, {"val_loss": val_loss})
+    log.close()
+    if procs.is_main:
+        print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
+        print(f"next: python generate.py --checkpoint {run.folder} --prompt 'Once upon a time'")
+    procs.close()
+
+
+def check_config(config: Config) -> None:
+    """Everything that can be wrong with the values alone."""
+    for name in ("steps", "batch_tokens", "micro_batch_size", "val_every", "val_tokens", "save_every", "keep"):
+        cli.check_range(name, getattr(config, name), 1)
+    cli.check_range("lr", config.lr, 0, 1, open_low=True)
+    cli.check_range("warmup_fraction", config.warmup_fraction, 0, 1)
+    cli.check_range("weight_decay", config.weight_decay, 0)
+    cli.check_range("grad_clip", config.grad_clip, 0, open_low=True)
+    cli.check_range("dropout", config.dropout, 0, 0.9)
+    cli.check_range("seed", config.seed, 0)
+
+
+def introduce(
+    config: Config, data: TokenDataset, model: GPT, procs: Processes, rows: int, step: int, peak_source: str
+) -> None:
+    """Print what is about to be computed."""
+    block_size = model.config.block_size
+    accumulation = rows // (config.micro_batch_size * procs.world_size)
+    epochs = config.steps * rows / data.n_rows["train"]
+    precision = str(procs.dtype).removeprefix("torch.")
+    print(
+        f"model      {config.model}: {model.num_parameters():,} parameters, context {block_size}, {precision}"
+        f" on {procs.device.type}{', compiled' if config.compile else ''}"
+    )
+    print(f"data       {config.data}: {data.n_rows['train']:,} rows of {block_size} {data.tokenizer.name} tokens")
+    print(
+        f"batch      {config.batch_tokens:,} tokens a step = {config.micro_batch_size} rows x {block_size} tokens x"
+        f" {procs.world_size} processes x {accumulation} micro-batches"
+    )
+    print(
+        f"run        {run_folder(config.run)}: {config.steps:,} steps = {config.steps * config.batch_tokens:,} tokens,"
+        f" {epochs:.2f} epochs{f'; going on after step {step:,}' if step else ''}"
+    )
+    print(f"100 % MFU  {peak_source}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,144 @@
+"""A run's folder, `runs/NAME`: it goes on where it stopped, stays one and the same run, and its log tells how."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import checkpoint
+from cli import Progress, check
+from files import publish
+from model import GPT
+from training import Processes, peak_flops
+
+
+class Run:
+    """A run's folder: its checkpoints, its log, and the promise that what goes on in it is one and the same run.
+
+    Args:
+        folder: `runs/NAME`.
+        identity: what defines the run, by name; a run with another value anywhere is another run.
+        meta: what each checkpoint's meta.json says beside that.
+        keep: how many checkpoints stay, the best not counted.
+    """
+
+    def __init__(self, folder: Path, identity: dict, meta: dict, keep: int, procs: Processes):
+        self.folder, self.identity, self.meta, self.keep, self.procs = folder, identity, meta, keep, procs
+        self.log_file = folder / "log.jsonl"
+        found = checkpoint.checkpoints(folder)
+        held = bool(found) or not folder.exists() or all(_is_ours(item) for item in folder.iterdir())
+        check(held, f"{folder} already holds something else: choose another --run")
+        self.newest = found[-1] if found else None
+        if self.newest is not None:
+            self._check_same(checkpoint.read_meta(self.newest))
+
+    def _check_same(self, meta: dict) -> None:
+        held = meta.get("identity", {})
+        names = [name for name in {**held, **self.identity} if held.get(name) != self.identity.get(name)]
+        changes = ", ".join(f"{name} was {held.get(name)} and is now {self.identity.get(name)}" for name in names)
+        check(
+            not names,
+            f"{self.folder} holds a run that is not this one: {changes}; use the old values to go on with"
+            " it, or another --run to start anew",
+        )
+
+    def resume(self, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+        """Take up the newest checkpoint, if there is one; returns the number of steps done, 0 at the beginning."""
+        step = 0
+        if self.newest is not None:
+            meta = checkpoint.read_meta(self.newest)
+            model.load_state_dict(checkpoint.load_tensors(self.newest, "model", meta))
+            checkpoint.load_optimizer_state(self.newest, meta, model, optimizer)
+            step = meta["step"]
+        if self.procs.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._cut_log(step)
+        return step
+
+    def _cut_log(self, step: int) -> None:
+        """Drop the log's rows after a step: they will come again."""
+        if not self.log_file.exists():
+            return
+        rows = [line for line in self.log_file.read_text().splitlines() if _step_of(line) <= step]
+        temporary = self.log_file.with_suffix(".tmp")
+        temporary.write_text("".join(row + "\n" for row in rows))
+        publish(temporary, self.log_file)
+
+    def save(self, step: int, model: GPT, optimizer: torch.optim.Optimizer, metrics: dict) -> Path:
+        """Write the checkpoint of a step, and delete those that need not stay."""
+        folder = self.folder / f"step_{step:06d}"
+        if self.procs.is_main:
+            meta = {"step": step, "identity": self.identity, "metrics": metrics} | self.meta
+            checkpoint.save(folder, model, checkpoint.optimizer_state(model, optimizer), meta)
+            checkpoint.retain(self.folder, self.keep)
+        if self.procs.world_size > 1:
+            dist.barrier()
+        return folder
+
+
+def _is_ours(item: Path) -> bool:
+    return item.name in ("log.jsonl", "log.tmp") or item.name.startswith("step_")
+
+
+def _step_of(line: str) -> float:
+    """The step of a log row; one that a crash cut short counts as after all others."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Log:
+    """What a run tells: rows in log.jsonl, and a progress bar or lines on the screen.
+
+    MFU is the share of the machine's peak that the model's own arithmetic takes ("PaLM", Chowdhery et al., 2022).
+
+    Args:
+        run: the run that tells.
+        model: its model, for the arithmetic.
+        step, steps: how many are done and how many there will be.
+        batch_tokens: tokens in a step, over all processes.
+    """
+
+    def __init__(self, run: Run, model: GPT, step: int, steps: int, batch_tokens: int):
+        self.file, self.procs, self.batch_tokens = run.log_file, run.procs, batch_tokens
+        flops, self.peak_source = peak_flops(self.procs)
+        self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
+        self.progress = Progress(steps, "step", initial=step, enabled=self.procs.is_main)
+
+    def step(self, step: int, metrics: dict[str, Tensor], lr: float, started: float) -> None:
+        """Tell of a training step that began when `time.perf_counter()` was `started`."""
+        loss, grad_norm = metrics["loss"].item(), metrics["grad_norm"].item()  # waits for the device
+        rate = self.batch_tokens / (time.perf_counter() - started)
+        mfu = rate / self.peak_tokens_per_s
+        self.write(
+            {
+                "step": step,
+                "tokens": step * self.batch_tokens,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "tokens_per_s": round(rate, 1),
+                "mfu": round(mfu, 4),
+            }
+        )
+        self.progress.update(1, f"loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  {rate:,.0f} tok/s  MFU {mfu:.1%}")
+
+    def validation(self, step: int, val_loss: float) -> None:
+        """Tell of a validation after so many steps."""
+        self.write({"step": step, "tokens": step * self.batch_tokens, "val_loss": val_loss})
+        self.progress.print(f"step {step:,}: validation loss {val_loss:.4f}")
+
+    def write(self, row: dict) -> None:
+        """Append one row to log.jsonl."""
+        if self.procs.is_main:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Leave the screen to others."""
+        self.progress.close()

@@ -1,0 +1,169 @@
+"""Token datasets on disk: how a folder of `.npy` arrays is written, completed and opened.
+
+A dataset folder holds one-dimensional `.npy` arrays that `numpy.load(mmap_mode="r")` opens, and `meta.json`, written
+last, which makes the folder complete: what the data is, where it came from, and the size and SHA-256 of every file.
+
+    text:  train_000000.npy, ..., val_000000.npy   uint16 tokens; every document starts with end-of-text
+    chat:  train_tokens.npy    uint16, the conversations one after the other
+           train_learned.npy   bool, whether the token is one that the assistant learns to say
+           train_offsets.npy   int64, n + 1 of them: conversation i is tokens[offsets[i] : offsets[i + 1]]
+           and the same for val
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from cli import UserError, check
+from files import publish, read_json, sha256, write_json
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+INCOMPLETE = "incomplete.json"  # in a folder that is being written; holds what meta.json will begin with
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def is_validation(document: bytes, val_fraction: float) -> bool:
+    """Whether a document belongs to the validation split: its own hash decides, so added data never moves it across."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") < val_fraction * 2**64
+
+
+def open_output(folder: Path, description: dict) -> bool:
+    """Make `folder` ready for a dataset that `description` describes; False where it already holds exactly that.
+
+    What an interrupted run left is removed.  Raises `UserError` where the folder holds anything else.
+    """
+    if (folder / "meta.json").exists():
+        held = read_json(folder / "meta.json")
+        changed = [key for key in description if held.get(key) != description[key]]
+        differences = "; ".join(f"{key} is {held.get(key)}, not {description[key]}" for key in changed)
+        check(not changed, f"{folder} already holds another dataset ({differences}): choose another --out or delete it")
+        return False
+    if folder.exists() and any(folder.iterdir()):
+        check((folder / INCOMPLETE).exists(), f"{folder} already holds something else: choose another --out")
+        for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
+            file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / INCOMPLETE, description)
+    return True
+
+
+def close_output(folder: Path, meta: dict) -> None:
+    """Write `meta.json`: the dataset is complete."""
+    write_json(folder / "meta.json", meta)
+    (folder / INCOMPLETE).unlink()
+
+
+def write_array(file: Path, array: np.ndarray) -> dict:
+    """Write one `.npy` file whole; returns its entry in the manifest."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            np.save(stream, array)
+        digest = sha256(temporary)
+        publish(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(file)
+        raise
+    return {"file": file.name, "length": len(array), "sha256": digest}
+
+
+class ShardWriter:
+    """One split's documents as shards of `shard_tokens` tokens; the last may be shorter, a document may span two."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int):
+        self.folder, self.split = folder, split
+        self.buffer = np.empty(shard_tokens, dtype=np.uint16)
+        self.filled = self.documents = self.tokens = 0
+        self.shards: list[dict] = []
+
+    def add(self, document: np.ndarray) -> None:
+        """Append a document's tokens, its end-of-text included."""
+        self.documents += 1
+        self.tokens += len(document)
+        while len(document):
+            piece = document[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(piece)] = piece
+            self.filled += len(piece)
+            document = document[len(piece) :]
+            if self.filled == len(self.buffer):
+                self.write()
+
+    def write(self) -> None:
+        file = self.folder / f"{self.split}_{len(self.shards):06d}.npy"
+        entry = write_array(file, self.buffer[: self.filled])
+        self.shards.append(entry | {"documents": self.documents - sum(shard["documents"] for shard in self.shards)})
+        self.filled = 0
+
+    def close(self) -> dict:
+        """Write what is left; returns the split's entry in the manifest."""
+        if self.filled:
+            self.write()
+        return {"documents": self.documents, "tokens": self.tokens, "files": self.shards}
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_meta(folder: Path, kind: str) -> dict:
+    """The manifest of a complete dataset folder; one is made up for a folder of bare GPT-2 shards.
+
+    Raises `UserError`: no such folder, half-written, or of another kind or version.
+    """
+    script = {"text": "prepare_fineweb.py", "chat": "prepare_dolly.py"}[kind]
+    check(folder.is_dir(), f"{folder}: no such dataset folder; make it with {script}, or name another with --data")
+    check(
+        not (folder / INCOMPLETE).exists() or (folder / "meta.json").exists(),
+        f"{folder} is half-written: run {script} again to complete it",
+    )
+    if not (folder / "meta.json").exists():
+        return bare_meta(folder, kind)
+    meta = read_json(folder / "meta.json")
+    version = meta.get("version")
+    check(version == FORMAT_VERSION, f"{folder} has format version {version}, expected {FORMAT_VERSION}: run {script}")
+    check(meta.get("kind") == kind, f"{folder} holds {meta.get('kind')} data, not {kind}: {script} makes that")
+    check(all(meta.get(split, {}).get("files") for split in SPLITS), f"{folder}/meta.json lists no files: run {script}")
+    return meta
+
+
+def bare_meta(folder: Path, kind: str) -> dict:
+    """A manifest for shards without one, as other GPT-2 repositories write them: `*_train_*.npy`, `*_val_*.npy`."""
+    shards = {split: sorted(folder.glob(f"*{split}_*.npy")) for split in SPLITS}
+    check(
+        kind == "text" and all(shards.values()),
+        f"{folder} is half-written or no dataset: it has no meta.json, and no *train_*.npy and *val_*.npy",
+    )
+    meta: dict = {"kind": "text", "tokenizer": "gpt2"}
+    for split, files in shards.items():
+        arrays = [open_array(file) for file in files]
+        entries = [{"file": file.name, "length": len(array)} for file, array in zip(files, arrays, strict=True)]
+        meta[split] = {"tokens": sum(map(len, arrays)), "files": entries}
+    return meta
+
+
+def open_array(file: Path, length: int | None = None) -> np.ndarray:
+    """Map a one-dimensional array into memory.  Raises `UserError`: missing, damaged, or not of the expected length."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: prepare the dataset again") from None
+    except ValueError as error:  # a broken header, or fewer bytes than the header says
+        raise UserError(f"{file} is damaged or truncated: {error}") from None
+    check(array.ndim == 1, f"{file} has {array.ndim} dimensions, expected 1")
+    check(length is None or len(array) == length, f"{file} has {len(array):,} entries, its manifest says {length:,}")
+    return array
+
+
+def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
+    """The arrays of each split, in the manifest's order."""
+    try:
+        named = {split: [(entry["file"], entry["length"]) for entry in meta[split]["files"]] for split in SPLITS}
+    except (KeyError, TypeError):
+        raise UserError(f"{folder}/meta.json is damaged: prepare the dataset again") from None
+    for name, _ in [entry for entries in named.values() for entry in entries]:
+        check(Path(name).name == name, f"{folder}/meta.json names {name!r}, which is not a file in the folder")
+    return {split: [open_array(folder / name, length) for name, length in named[split]] for split in SPLITS}

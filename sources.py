@@ -1,0 +1,142 @@
+"""Where texts and conversations come from: datasets on the Hugging Face Hub, and people's own files.
+
+Every source is an iterator of (place, record): a dict, and the words that name it in an error, "notes.jsonl line 7".
+"""
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cli import UserError, check
+
+Record = tuple[str, dict]
+
+TXT_DOCUMENT = 16_384  # characters: a long .txt file becomes documents of about this length
+
+
+def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+    """The files that some paths and globs name, each glob's in alphabetical order.
+
+    Raises `UserError`: a pattern that matches nothing, a file of another kind, a file named twice.
+    """
+    files: list[Path] = []
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        check(bool(found), f"--files {pattern}: no such file")
+        files += map(Path, found)
+    for file in files:
+        check(file.is_file(), f"--files {file}: not a file; name the files in it, as in '{file}/*.jsonl'")
+        check(file.suffix in suffixes, f"--files {file}: a file must end in {' or '.join(suffixes)}")
+        check(files.count(file) == 1, f"--files {file}: named more than once")
+    return files
+
+
+def read_files(files: Sequence[Path], text_field: str = "text") -> Iterator[Record]:
+    """The records of `.jsonl`, `.parquet` and `.txt` files, one file after the other, never a whole one in memory.
+
+    A `.txt` file's text comes as {text_field: text}.  Raises `UserError` for a file that is damaged.
+    """
+    for file in files:
+        if file.suffix == ".jsonl":
+            yield from read_jsonl(file)
+        elif file.suffix == ".parquet":
+            yield from read_parquet(file, text_field)
+        else:
+            yield from read_txt(file, text_field)
+
+
+def read_jsonl(file: Path) -> Iterator[Record]:
+    """One JSON object a line; blank lines are passed over."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{file} line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # covers broken JSON and broken UTF-8
+                raise UserError(f"{place}: malformed JSON: {error}") from None
+            check(isinstance(record, dict), f'{place}: a line must hold a JSON object, as in {{"text": ...}}')
+            yield place, record
+
+
+def read_parquet(file: Path, text_field: str) -> Iterator[Record]:
+    """The rows of a Parquet file; of its columns only the text is read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            check(text_field in names, f"{file}: no column {text_field!r}; --text_field can be {', '.join(names)}")
+            row = 0
+            for batch in parquet.iter_batches(batch_size=1024, columns=[text_field]):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield f"{file} row {row}", record
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file}: not a readable Parquet file: {error}") from None
+
+
+def read_txt(file: Path, text_field: str) -> Iterator[Record]:
+    """A text file, cut into documents at the first blank line after every `TXT_DOCUMENT` characters.
+
+    So a book becomes many documents: some of them can serve for validation, and a file of any size fits in memory.
+    """
+    piece: list[str] = []
+    length = 0
+
+    def document() -> Record:
+        return f"{file} before line {number}", {text_field: "".join(piece)}
+
+    number = 1
+    try:
+        with open(file, encoding="utf-8", newline="") as lines:
+            while line := lines.readline(TXT_DOCUMENT):
+                number += 1
+                piece.append(line)
+                length += len(line)
+                if length >= 4 * TXT_DOCUMENT or (length >= TXT_DOCUMENT and not line.strip()):
+                    yield document()
+                    piece, length = [], 0
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} near line {number}: not UTF-8 text ({error.reason})") from None
+    if piece:
+        yield document()
+
+
+def hub_dataset(dataset: str, name: str | None, split: str = "train") -> tuple[str, Iterator[Record]]:
+    """A hub dataset's revision, and its records as they stream in; nothing is kept on disk.
+
+    Raises `UserError`: no such dataset, or no network.
+    """
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    label = f"{dataset}/{name}" if name else dataset
+    try:
+        revision = HfApi().dataset_info(dataset).sha
+        stream = load_dataset(dataset, name=name, split=split, streaming=True, revision=revision)
+    except Exception as error:  # no such name, no network, a private dataset: the client has a class for each
+        raise UserError(f"dataset {label} cannot be opened: {first_line(error)}") from None
+    return revision, read_stream(label, stream)
+
+
+def read_stream(label: str, stream) -> Iterator[Record]:
+    """The records of a `datasets` stream.  Raises `UserError` where the network fails beyond the client's retries."""
+    rows = iter(stream)
+    row = 0
+    while True:
+        try:
+            record = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise UserError(f"dataset {label} broke off after row {row:,}: {first_line(error)}; run it again") from None
+        row += 1
+        yield f"{label} row {row}", record
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,0 +1,231 @@
+"""What both training scripts must do alike: processes and devices, optimiser, schedule, one step, validation."""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cli import check
+from data import Batch
+from model import GPT, IGNORE
+
+# ---- processes and devices -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that train together; one process alone is the same code.
+
+    Attributes:
+        rank: 0 ... world_size - 1.
+        world_size: how many processes there are.
+        device: where this one computes.
+        dtype: the precision of the matrix products; the weights are always float32.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which the model computes in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        """Leave the other processes."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def find_device(device: str | None) -> torch.device:
+    """The device of that name, or the best that this machine has.  Raises `UserError` where it has none such."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError):  # torch built without CUDA raises the latter
+        check(False, f"--device {device}: this machine has no such device; leave it out to use the best there is")
+    return found
+
+
+def find_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The precision of that name, or bfloat16 on GPUs that have it in hardware and float32 elsewhere."""
+    if dtype is None:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if fast else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def start_processes(device: str | None, dtype: str | None) -> Processes:
+    """Meet the other processes that `torchrun` started, if it did: over nccl on GPUs, over gloo elsewhere."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    found = find_device(device)
+    if found.type == "cuda" and found.index is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        gpus = torch.cuda.device_count()
+        check(local_rank < gpus, f"there are more processes than GPUs: start torchrun with --nproc_per_node={gpus}")
+        found = torch.device("cuda", local_rank)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if world_size > 1:
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    return Processes(rank, world_size, found, find_dtype(dtype, found))
+
+
+def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
+    """The model to train with: compiled, then wrapped for several processes.  `model` itself shares its weights."""
+    trained: nn.Module = torch.compile(model) if compile else model
+    if procs.world_size > 1:
+        device_ids = [procs.device.index] if procs.device.type == "cuda" else None
+        trained = nn.parallel.DistributedDataParallel(trained, device_ids, gradient_as_bucket_view=True)
+    return trained
+
+
+# ---- arithmetic of the batch and of the machine --------------------------------------------------------------------
+
+
+def batch_rows(batch_tokens: int, micro_batch_size: int, block_size: int, world_size: int) -> int:
+    """Rows in the global batch.  Raises `UserError` where it does not divide into the processes' micro-batches."""
+    unit = micro_batch_size * block_size * world_size
+    nearest = max(unit, round(batch_tokens / unit) * unit)
+    check(
+        batch_tokens > 0 and batch_tokens % unit == 0,
+        f"--batch_tokens {batch_tokens} is not a multiple of {unit} (--micro_batch_size {micro_batch_size} x context"
+        f" {block_size} x {world_size} processes): use --batch_tokens {nearest}",
+    )
+    return batch_tokens // block_size
+
+
+# Dense bf16 matrix products per second as the makers' data sheets give them, by a part of the GPU's name.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(procs: Processes) -> tuple[float, str]:
+    """The operations per second that 100 % MFU means here, and whose word that is: a data sheet's or a measurement's.
+
+    Measured is a square matrix product in the training precision, the best of several.
+    """
+    if procs.device.type == "cuda" and procs.dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(procs.device)
+        for part, flops in PEAK_FLOPS.items():
+            if part in name:
+                return flops, f"{name}, data sheet"
+    n = 8192 if procs.device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=procs.device, dtype=procs.dtype)
+    fastest = math.inf
+    for _ in range(8):
+        procs.synchronize()
+        started = time.perf_counter()
+        a @ a
+        procs.synchronize()
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * n**3 / fastest, f"{procs.device.type}, measured"
+
+
+# ---- one step ------------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter, 2019) with GPT-3's betas; weight decay on matrices, not on biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def lr_at(step: int, steps: int, lr: float, warmup_fraction: float, min_lr_fraction: float = 0.1) -> float:
+    """The learning rate of a step, from 0: linear warm-up to `lr`, then half a cosine down to a fraction of it."""
+    warmup = max(1, round(warmup_fraction * steps))
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return lr * (min_lr_fraction + (1 - min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout a pure function of (seed, step, rank), so that a resumed run draws what the first would have."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)
+
+
+def train_step(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    grad_clip: float,
+    procs: Processes,
+) -> dict[str, Tensor]:
+    """One optimiser step on this process's micro-batches of the global batch.
+
+    The loss is the sum over all learned tokens of all micro-batches on all processes, over their count: no token weighs
+    more because its micro-batch or its process has fewer of them.
+
+    Returns:
+        loss: mean cross-entropy per learned token of the global batch, in nats; on the device, like grad_norm.
+        grad_norm: the gradient's norm before clipping.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    batches = [batch.to(procs.device) for batch in batches]
+    learned = procs.sum(torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum())
+    total = torch.zeros((), device=procs.device)
+    for i, batch in enumerate(batches):
+        accumulate = procs.world_size > 1 and i < len(batches) - 1  # gradients are exchanged with the last one only
+        with model.no_sync() if accumulate else contextlib.nullcontext():
+            with procs.autocast():
+                loss = model(batch.tokens, batch.targets, batch.positions)
+            (loss * (procs.world_size / learned)).backward()  # DistributedDataParallel averages: undo its division
+        total += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": procs.sum(total) / learned, "grad_norm": grad_norm}
+
+
+@torch.no_grad()
+def validate(model: nn.Module, batches: Iterable[Batch], procs: Processes) -> float:
+    """The exact mean loss per learned token over a fixed set of rows, however many processes share them."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, learned tokens
+    for batch in batches:
+        batch = batch.to(procs.device)
+        with procs.autocast():
+            loss = model(batch.tokens, batch.targets, batch.positions)
+        total += torch.tensor([loss.item(), (batch.targets != IGNORE).sum().item()])
+    model.train()
+    loss_sum, learned = procs.sum(total.to(procs.device) if procs.world_size > 1 else total).tolist()
+    return loss_sum / learned
