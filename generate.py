@@ -31,8 +31,8 @@ class Config:
     chat: bool = False
     """Hold a conversation of several turns."""
     checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id; None takes runs/dolly if it is
-    there, else runs/gpt2."""
+    """A run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id; None takes runs/dolly,
+    and runs/gpt2 where that is not there."""
     raw: bool = False
     """Continue the prompt as plain text, even with a chat model."""
     system: str | None = None

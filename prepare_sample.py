@@ -52,7 +52,7 @@ def module_files(library: Path) -> Iterator[tuple[str, Path]]:
 
 
 def docstrings(file: Path) -> list[tuple[str, str]]:
-    """The docstrings in a source file, parsed and never run: (dotted name, text) each, the module's own with name ""."""
+    """The docstrings in a source file, parsed and never run: (dotted name, text) each, the module's own named ""."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):  # some files hold other versions' syntax on purpose

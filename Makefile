@@ -1,0 +1,45 @@
+# make demo    a talking model from nothing, on a laptop CPU in minutes
+# make test    lint and tests
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO := runs/demo
+
+.PHONY: demo test lint clean
+
+# One stamp file per requirements file: make installs again when one has changed.
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+# The same scripts as for the real thing, with sizes that a CPU can do.  Run again, it goes on or uses what is there.
+demo: $(VENV)/installed
+	$(PY) prepare_sample.py --out data/sample
+	$(PY) prepare_fineweb.py --files data/sample/text.jsonl --tokenizer bytes --val_fraction 0.05 --out data/demo
+	$(PY) prepare_dolly.py --files data/sample/chat.jsonl --tokenizer bytes --block_size 256 --out data/demo_chat
+	$(PY) pretrain.py --data data/demo --run demo --model demo --steps 500 --batch_tokens 8192 --lr 3e-3 \
+		--val_every 100 --save_every 250
+	$(PY) finetune.py --init $(DEMO) --data data/demo_chat --run demo_chat --epochs 2 --batch_tokens 8192 \
+		--micro_batch_size 16 --lr 1e-3 --dropout 0
+	@echo; echo "--- the pretrained model goes on from a text"
+	$(PY) generate.py --checkpoint $(DEMO) --prompt "The function returns" --max_tokens 300 --seed 1
+	@echo; echo "--- the finetuned model answers a question"
+	$(PY) generate.py --checkpoint runs/demo_chat --prompt "What does os.path.join do?" --seed 1
+	@echo; echo "talk to it: $(PY) generate.py --checkpoint runs/demo_chat --chat"
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) data/sample data/demo data/demo_chat runs/demo runs/demo_chat
