@@ -121,8 +121,8 @@ def load_optimizer_state(folder: Path, meta: dict, model: GPT, optimizer: torch.
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = [folder for folder in run.glob("step_*") if (folder / "meta.json").is_file() and folder.suffix != ".tmp"]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+    found = [folder for folder in run.glob("step_*") if folder.name[5:].isdigit() and (folder / "meta.json").is_file()]
+    return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
 def best(run: Path) -> Path:

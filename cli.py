@@ -2,6 +2,7 @@
 how far it is."""
 
 import errno
+import math
 import os
 import sys
 import time
@@ -72,7 +73,7 @@ class Progress:
 
     def __init__(self, total: int | None, unit: str, initial: int = 0, enabled: bool = True, seconds: float = 10.0):
         self.total, self.unit, self.done, self.enabled, self.seconds = total, unit, initial, enabled, seconds
-        self.initial, self.started, self.printed = initial, time.perf_counter(), 0.0
+        self.initial, self.started, self.printed = initial, time.perf_counter(), -math.inf
         self.bar = None
         if enabled and sys.stderr.isatty():
             self.bar = tqdm(total=total, unit=unit, initial=initial, unit_scale=unit == "token", dynamic_ncols=True)

@@ -11,7 +11,7 @@ Dolly-15k are some six hundred steps: minutes on one GPU.
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,12 +21,12 @@ import cli
 from checkpoint import best, run_folder
 from cli import check
 from data import ChatDataset, train_batches, val_batches
-from model import GPT
-from runs import Log, Run
+from runs import Log, Run, identity
 from training import (
-    Processes,
     batch_rows,
     build_optimizer,
+    check_training,
+    describe,
     lr_at,
     parallelize,
     seed_step,
@@ -78,12 +78,11 @@ class Config:
     """Compile the model; the first step then takes about a minute."""
 
 
-# How a run is computed and kept, as against what it computes: these may change when it is resumed.
-HOW = {"data", "run", "micro_batch_size", "val_every", "save_every", "keep", "device", "dtype", "compile"}
-
-
 def main(config: Config) -> None:
-    check_config(config)
+    check_training(config)
+    cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
+    if config.steps is not None:
+        cli.check_range("steps", config.steps, 1)
     procs = start_processes(config.device, config.dtype)
     folder = run_folder(config.run)
     resumed = checkpoint.checkpoints(folder)[-1:]
@@ -93,8 +92,7 @@ def main(config: Config) -> None:
     data = ChatDataset(config.data, block_size)
     check_tokenizer(config, start, data)
     steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / rows)
-    identity = {name: value for name, value in asdict(config).items() if name not in HOW} | {"data": data.fingerprint}
-    run = Run(folder, identity, {"tokenizer": data.tokenizer.name}, config.keep, procs)
+    run = Run(folder, identity(config, data), {"tokenizer": data.tokenizer.name}, config.keep, procs)
 
     model = start.model.adapt(data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
@@ -102,7 +100,10 @@ def main(config: Config) -> None:
     trained = parallelize(model, procs, config.compile)
     log = Log(run, model, step, steps, config.batch_tokens)
     if procs.is_main:
-        introduce(config, data, model, procs, start.source, rows, steps, step, log.peak_source)
+        tell_data(config, data)
+        epochs = steps * rows / data.n_rows["train"]
+        print(f"run        {run.folder}: {steps:,} steps, {epochs:.2f} epochs, {step:,} steps done")
+        describe(config, start.source, model, procs, rows, log.peak_source)
 
     def validation_loss() -> float:
         batches = val_batches(data, data.n_rows["val"], config.micro_batch_size, procs.rank, procs.world_size)
@@ -131,21 +132,6 @@ def main(config: Config) -> None:
     procs.close()
 
 
-def check_config(config: Config) -> None:
-    """Everything that can be wrong with the values alone."""
-    for name in ("batch_tokens", "micro_batch_size", "val_every", "save_every", "keep"):
-        cli.check_range(name, getattr(config, name), 1)
-    if config.steps is not None:
-        cli.check_range("steps", config.steps, 1)
-    cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
-    cli.check_range("lr", config.lr, 0, 1, open_low=True)
-    cli.check_range("warmup_fraction", config.warmup_fraction, 0, 1)
-    cli.check_range("weight_decay", config.weight_decay, 0)
-    cli.check_range("grad_clip", config.grad_clip, 0, open_low=True)
-    cli.check_range("dropout", config.dropout, 0, 0.9)
-    cli.check_range("seed", config.seed, 0)
-
-
 def check_tokenizer(config: Config, start: checkpoint.Loaded, data: ChatDataset) -> None:
     """The model and the data must speak of the same tokens."""
     check(
@@ -155,40 +141,13 @@ def check_tokenizer(config: Config, start: checkpoint.Loaded, data: ChatDataset)
     )
 
 
-def introduce(
-    config: Config,
-    data: ChatDataset,
-    model: GPT,
-    procs: Processes,
-    source: str,
-    rows: int,
-    steps: int,
-    step: int,
-    peak_source: str,
-) -> None:
-    """Print what is about to be computed."""
-    block_size = model.config.block_size
-    accumulation = rows // (config.micro_batch_size * procs.world_size)
-    train = data.meta["train"]
-    filled = train["tokens"] / (data.n_rows["train"] * block_size)
-    precision = str(procs.dtype).removeprefix("torch.")
+def tell_data(config: Config, data: ChatDataset) -> None:
+    """Print what there is to learn, and how well it is packed."""
+    train, rows = data.meta["train"], data.n_rows["train"]
     print(
-        f"model      {source}: {model.num_parameters():,} parameters, context {block_size}, {precision}"
-        f" on {procs.device.type}{', compiled' if config.compile else ''}"
+        f"data       {config.data}: {train['documents']:,} conversations packed into {rows:,} rows,"
+        f" {train['tokens'] / (rows * data.block_size):.1%} full; {train['learned_tokens']:,} tokens to learn"
     )
-    print(
-        f"data       {config.data}: {train['documents']:,} conversations packed into {data.n_rows['train']:,} rows,"
-        f" {filled:.1%} full; {train['learned_tokens']:,} tokens to learn"
-    )
-    print(
-        f"batch      {config.batch_tokens:,} tokens a step = {config.micro_batch_size} rows x {block_size} tokens x"
-        f" {procs.world_size} processes x {accumulation} micro-batches"
-    )
-    print(
-        f"run        {run_folder(config.run)}: {steps:,} steps, {steps * rows / data.n_rows['train']:.2f} epochs"
-        f"{f'; going on after step {step:,}' if step else ''}"
-    )
-    print(f"100 % MFU  {peak_source}", flush=True)
 
 
 if __name__ == "__main__":

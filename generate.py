@@ -147,8 +147,7 @@ class Writer:
 
     def tokens(self, prompt: list[int]):
         """The next token of every sample, until all have ended; None for a sample that has."""
-        config, tokenizer = self.config, self.loaded.tokenizer
-        stop = {tokenizer.end_of_text, tokenizer.end_of_turn}
+        config, special = self.config, self.loaded.tokenizer.end_of_text  # and the chat tokens behind it
         ended = [False] * config.num_samples
         sampled = generate(
             self.loaded.model,
@@ -161,7 +160,7 @@ class Writer:
         )
         for _, tokens in zip(range(config.max_tokens), sampled, strict=False):
             drawn = tokens.tolist()
-            ended = [done or token in stop for done, token in zip(ended, drawn, strict=True)]
+            ended = [done or token >= special for done, token in zip(ended, drawn, strict=True)]
             if all(ended):
                 return
             yield [None if done else token for done, token in zip(ended, drawn, strict=True)]

@@ -9,7 +9,7 @@ takes 19,073 steps of 524,288 tokens; the README works out the hours and the pri
 """
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,11 +18,12 @@ import cli
 from checkpoint import best, run_folder
 from data import TokenDataset, train_batches, val_batches
 from model import GPT, PRESETS
-from runs import Log, Run
+from runs import Log, Run, identity
 from training import (
-    Processes,
     batch_rows,
     build_optimizer,
+    check_training,
+    describe,
     lr_at,
     parallelize,
     seed_step,
@@ -74,18 +75,15 @@ class Config:
     """Compile the model; the first step then takes about a minute."""
 
 
-# How a run is computed and kept, as against what it computes: these may change when it is resumed.
-HOW = {"data", "run", "micro_batch_size", "val_every", "save_every", "keep", "device", "dtype", "compile"}
-
-
 def main(config: Config) -> None:
-    check_config(config)
+    check_training(config)
+    cli.check_range("steps", config.steps, 1)
+    cli.check_range("val_tokens", config.val_tokens, 1)
     procs = start_processes(config.device, config.dtype)
     block_size = PRESETS[config.model].block_size
     rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = TokenDataset(config.data, block_size)
-    identity = {name: value for name, value in asdict(config).items() if name not in HOW} | {"data": data.fingerprint}
-    run = Run(run_folder(config.run), identity, {"tokenizer": data.tokenizer.name}, config.keep, procs)
+    run = Run(run_folder(config.run), identity(config, data), {"tokenizer": data.tokenizer.name}, config.keep, procs)
 
     torch.manual_seed(config.seed)
     shape = replace(PRESETS[config.model], vocab_size=data.tokenizer.vocab_size, dropout=config.dropout)
@@ -95,7 +93,10 @@ def main(config: Config) -> None:
     trained = parallelize(model, procs, config.compile)
     log = Log(run, model, step, config.steps, config.batch_tokens)
     if procs.is_main:
-        introduce(config, data, model, procs, rows, step, log.peak_source)
+        epochs = config.steps * rows / data.n_rows["train"]
+        print(f"data       {config.data}: {data.n_rows['train']:,} rows of {block_size} {data.tokenizer.name} tokens")
+        print(f"run        {run.folder}: {config.steps:,} steps, {epochs:.2f} epochs, {step:,} steps done")
+        describe(config, config.model, model, procs, rows, log.peak_source)
 
     def validation_loss() -> float:
         val_rows = max(1, config.val_tokens // block_size)
@@ -123,42 +124,6 @@ def main(config: Config) -> None:
         print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
         print(f"next: python generate.py --checkpoint {run.folder} --prompt 'Once upon a time'")
     procs.close()
-
-
-def check_config(config: Config) -> None:
-    """Everything that can be wrong with the values alone."""
-    for name in ("steps", "batch_tokens", "micro_batch_size", "val_every", "val_tokens", "save_every", "keep"):
-        cli.check_range(name, getattr(config, name), 1)
-    cli.check_range("lr", config.lr, 0, 1, open_low=True)
-    cli.check_range("warmup_fraction", config.warmup_fraction, 0, 1)
-    cli.check_range("weight_decay", config.weight_decay, 0)
-    cli.check_range("grad_clip", config.grad_clip, 0, open_low=True)
-    cli.check_range("dropout", config.dropout, 0, 0.9)
-    cli.check_range("seed", config.seed, 0)
-
-
-def introduce(
-    config: Config, data: TokenDataset, model: GPT, procs: Processes, rows: int, step: int, peak_source: str
-) -> None:
-    """Print what is about to be computed."""
-    block_size = model.config.block_size
-    accumulation = rows // (config.micro_batch_size * procs.world_size)
-    epochs = config.steps * rows / data.n_rows["train"]
-    precision = str(procs.dtype).removeprefix("torch.")
-    print(
-        f"model      {config.model}: {model.num_parameters():,} parameters, context {block_size}, {precision}"
-        f" on {procs.device.type}{', compiled' if config.compile else ''}"
-    )
-    print(f"data       {config.data}: {data.n_rows['train']:,} rows of {block_size} {data.tokenizer.name} tokens")
-    print(
-        f"batch      {config.batch_tokens:,} tokens a step = {config.micro_batch_size} rows x {block_size} tokens x"
-        f" {procs.world_size} processes x {accumulation} micro-batches"
-    )
-    print(
-        f"run        {run_folder(config.run)}: {config.steps:,} steps = {config.steps * config.batch_tokens:,} tokens,"
-        f" {epochs:.2f} epochs{f'; going on after step {step:,}' if step else ''}"
-    )
-    print(f"100 % MFU  {peak_source}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,9 +13,18 @@ from torch import Tensor
 
 import checkpoint
 from cli import Progress, check
+from data import Dataset
 from files import publish
 from model import GPT
 from training import Processes, peak_flops
+
+# How a run is computed and kept, as against what it computes: these flags may change when it is resumed.
+HOW = {"data", "run", "micro_batch_size", "val_every", "save_every", "keep", "device", "dtype", "compile"}
+
+
+def identity(config: Any, data: Dataset) -> dict:
+    """What defines a run: the flags that decide its result, and the data."""
+    return {name: value for name, value in asdict(config).items() if name not in HOW} | {"data": data.fingerprint}
 
 
 class Run:

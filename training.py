@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cli import check
+from cli import check, check_range
 from data import Batch
 from model import GPT, IGNORE
 
@@ -106,7 +107,7 @@ def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
     return trained
 
 
-# ---- arithmetic of the batch and of the machine --------------------------------------------------------------------
+# ---- what both scripts check and print; the arithmetic of batch and machine ------------------------------------------
 
 
 def batch_rows(batch_tokens: int, micro_batch_size: int, block_size: int, world_size: int) -> int:
@@ -119,6 +120,33 @@ def batch_rows(batch_tokens: int, micro_batch_size: int, block_size: int, world_
         f" {block_size} x {world_size} processes): use --batch_tokens {nearest}",
     )
     return batch_tokens // block_size
+
+
+def check_training(config: Any) -> None:
+    """Check the values that both scripts have, before any work starts.  Raises `UserError`."""
+    for name in ("batch_tokens", "micro_batch_size", "val_every", "save_every", "keep"):
+        check_range(name, getattr(config, name), 1)
+    check_range("lr", config.lr, 0, 1, open_low=True)
+    check_range("warmup_fraction", config.warmup_fraction, 0, 1)
+    check_range("weight_decay", config.weight_decay, 0)
+    check_range("grad_clip", config.grad_clip, 0, open_low=True)
+    check_range("dropout", config.dropout, 0, 0.9)
+    check_range("seed", config.seed, 0)
+
+
+def describe(config: Any, name: str, model: GPT, procs: Processes, rows: int, peak_source: str) -> None:
+    """Print the model and the arithmetic of the batch before the first step."""
+    block_size = model.config.block_size
+    precision = str(procs.dtype).removeprefix("torch.")
+    print(
+        f"model      {name}: {model.num_parameters():,} parameters, context {block_size}, {precision} on"
+        f" {procs.device.type}{', compiled' if config.compile else ''}"
+    )
+    print(
+        f"batch      {config.batch_tokens:,} tokens a step = {config.micro_batch_size} rows x {block_size} tokens x"
+        f" {procs.world_size} processes x {rows // (config.micro_batch_size * procs.world_size)} micro-batches"
+    )
+    print(f"100 % MFU  {peak_source}", flush=True)
 
 
 # Dense bf16 matrix products per second as the makers' data sheets give them, by a part of the GPU's name.

@@ -1,0 +1,128 @@
+"""What the tests share: the repository's modules on the import path, the gpt2 vocabulary, scripts as real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tiny tensors gain nothing from more
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # for the tests themselves: on tensors this small, threads cost more than they give
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli import UserError  # noqa: E402
+from tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> Tokenizer:
+    """The gpt2 vocabulary; a test that asks for it skips where it can be neither downloaded nor found on disk."""
+    try:
+        return load_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def start(script: str, *args: object, cwd: Path, expect: int | None = 0, processes: int = 1, **options):
+    """Run a script as a process of its own, or as several under torchrun, and check its exit code.
+
+    `env` among the options adds variables, `input` is typed into it.
+    """
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"] if processes > 1 else []
+    )
+    text_in = {"input": options["input"]} if "input" in options else {"stdin": subprocess.DEVNULL}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / script), *map(str, args)],
+        env=os.environ | options.get("env", {}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        **text_in,
+    )
+    result = f"{script} ended with code {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
+    assert expect is None or done.returncode == expect, result
+    return done
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """`run_script("pretrain.py", "--steps", 3)` runs a script in the test's own folder; see `start`."""
+
+    def run(script: str, *args: object, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
+        return start(script, *args, cwd=cwd or tmp_path, **options)
+
+    return run
+
+
+@pytest.fixture
+def fails(run_script) -> Callable[..., str]:
+    """Runs a script that must end with exit code 2 and one line on stderr; returns that line."""
+
+    def run(*args: object, **options) -> str:
+        done = run_script(*args, expect=2, **options)
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+        assert "Traceback" not in done.stdout
+        return lines[0]
+
+    return run
+
+
+# ---- a tiny pipeline, made once: data, a pretrained model, a chat model --------------------------------------------
+
+TRAIN = ("--model", "tiny", "--steps", 12, "--batch_tokens", 1024, "--micro_batch_size", 8, "--lr", 3e-3)
+TUNE = ("--steps", 12, "--batch_tokens", 1024, "--micro_batch_size", 8, "--lr", 3e-3)
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory) -> Path:
+    """A small dataset folder of byte tokens to pretrain on."""
+    folder = tmp_path_factory.mktemp("text")
+    texts = [f"Document {i} counts {i}, {i + 1}, {i + 2} and so on until it is tired. " * 8 for i in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = ("--files", folder / "text.jsonl", "--tokenizer", "bytes", "--val_fraction", 0.2, "--shard_tokens", 9999)
+    start("prepare_fineweb.py", *data, "--out", folder / "data", cwd=folder)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def chat_data(tmp_path_factory) -> Path:
+    """A small dataset folder of byte-token conversations to finetune on."""
+    folder = tmp_path_factory.mktemp("chat")
+    pairs = [{"instruction": f"After {i}?", "context": "", "response": f"{i + 1}" * (1 + i % 5)} for i in range(200)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = ("--files", folder / "chat.jsonl", "--tokenizer", "bytes", "--val_fraction", 0.2, "--block_size", 64)
+    start("prepare_dolly.py", *data, "--out", folder / "data", cwd=folder)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, text_data) -> Path:
+    """A run of pretrain.py: 12 steps, validated every 4 and saved every 6."""
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    often = ("--val_every", 4, "--save_every", 6)
+    start("pretrain.py", "--data", text_data, "--run", folder, *TRAIN, *often, cwd=folder.parent)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finetuned(tmp_path_factory, pretrained, chat_data) -> Path:
+    """A run of finetune.py from `pretrained`: 12 steps, validated every 4 and saved every 6."""
+    folder = tmp_path_factory.mktemp("finetuned") / "run"
+    often = ("--val_every", 4, "--save_every", 6)
+    start("finetune.py", "--init", pretrained, "--data", chat_data, "--run", folder, *TUNE, *often, cwd=folder.parent)
+    return folder
+
+
+def read_log(run: Path) -> list[dict]:
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

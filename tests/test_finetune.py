@@ -1,0 +1,165 @@
+"""finetune.py as a real process: from runs and Hugging Face folders, learned tokens only, resumed, on two processes."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from conftest import TUNE, read_log, start
+
+import checkpoint
+from data import ChatDataset
+from model import GPT, IGNORE, GPTConfig
+from training import Processes, validate
+
+OFTEN = ("--val_every", 4, "--save_every", 6)
+
+
+def losses(run) -> list[float]:
+    return [row["loss"] for row in read_log(run) if "loss" in row]
+
+
+def test_learns_to_answer(finetuned, pretrained):
+    validations = [row["val_loss"] for row in read_log(finetuned) if "val_loss" in row]
+    assert validations[-1] < 0.9 * validations[0]
+    loaded = checkpoint.load(str(finetuned))
+    assert loaded.chat and loaded.model.config.vocab_size == 261
+    assert not checkpoint.load(str(pretrained)).chat
+
+
+def test_validation_is_the_mean_over_what_the_assistant_says(finetuned, chat_data):
+    """The logged loss equals the loss of the conversations one by one, unpacked, over their learned tokens."""
+    best = checkpoint.best(finetuned)
+    model = checkpoint.load(str(best)).model.eval()
+    tokens, learned, offsets = ChatDataset(chat_data, 64).arrays["val"]
+    total = count = 0
+    for begin, end in itertools.pairwise(offsets):
+        row = torch.tensor(tokens[begin:end].astype("int64"))[None]
+        targets = torch.where(torch.tensor(learned[begin + 1 : end]), row[0, 1:], IGNORE)[None]
+        with torch.no_grad():
+            total += model(row[:, :-1], targets).item()
+        count += int(learned[begin + 1 : end].sum())
+    assert checkpoint.read_meta(best)["metrics"]["val_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_packed_loss_equals_unpacked(chat_data):
+    """A row's loss is the sum of its conversations' losses, each computed alone."""
+    data = ChatDataset(chat_data, 64)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=261, n_layer=2, n_head=2, n_embd=32)).eval()
+    tokens, learned, offsets = data.arrays["train"]
+    assert max(map(len, data.rows["train"])) > 1
+    for row in range(data.n_rows["train"]):
+        batch = data.batch("train", [row])
+        alone = 0.0
+        for i in data.rows["train"][row]:
+            span = torch.tensor(tokens[offsets[i] : offsets[i + 1]].astype("int64"))[None]
+            mask = torch.tensor(learned[offsets[i] + 1 : offsets[i + 1]])
+            targets = torch.where(mask, span[0, 1:], IGNORE)[None]
+            alone += model(span[:, :-1], targets).item()
+        assert model(batch.tokens, batch.targets, batch.positions).item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_resumed_equals_uninterrupted(run_script, chat_data, pretrained, tmp_path):
+    """With dropout, which must be drawn anew as it would have been; --init is not needed any more."""
+    args = ("finetune.py", "--data", chat_data, *TUNE, *OFTEN, "--dropout", 0.2)
+    shutil.copytree(pretrained, tmp_path / "base")
+    run_script(*args, "--init", "./base", "--run", "./whole")
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "step_000012")
+    run_script(*args, "--init", "./base", "--run", "./broken")
+    for file in ("model.safetensors", "train_state.safetensors"):
+        whole, broken = (tmp_path / run / "step_000012" / file for run in ("whole", "broken"))
+        assert whole.read_bytes() == broken.read_bytes()
+
+
+def test_two_processes_equal_one(chat_data, pretrained, tmp_path):
+    """Though the two have different numbers of learned tokens in each micro-batch."""
+    args = ("finetune.py", "--init", pretrained, "--data", chat_data, *TUNE, *OFTEN, "--dropout", 0)
+    start(*args, "--run", "./one", cwd=tmp_path)
+    start(*args, "--run", "./two", "--micro_batch_size", 4, cwd=tmp_path, processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    validations = [[row["val_loss"] for row in read_log(tmp_path / run) if "val_loss" in row] for run in ("one", "two")]
+    assert validations[0] == pytest.approx(validations[1], rel=1e-5)
+
+
+def test_epochs_say_how_long(run_script, chat_data, pretrained, tmp_path):
+    rows = ChatDataset(chat_data, 64).n_rows["train"]
+    sizes = ("--batch_tokens", 512, "--micro_batch_size", 8, "--epochs", 1.5)
+    run_script("finetune.py", "--init", pretrained, "--data", chat_data, "--run", "./run", *sizes)
+    assert len(losses(tmp_path / "run")) == -(-1.5 * rows // 8)
+
+
+def test_from_a_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
+    """A GPT-2 of transformers' own making is finetuned in GPT-2's vocabulary; its first validation is untrained."""
+    torch.manual_seed(0)
+    GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path / "gpt2")
+    record = '{"instruction": "Who?", "context": "", "response": "Somebody or other."}\n'
+    (tmp_path / "chat.jsonl").write_text("".join(record.replace("Who", f"Who {i}") for i in range(40)))
+    run_script("prepare_dolly.py", "--files", "chat.jsonl", "--block_size", 64, "--val_fraction", 0.3)
+    run_script("finetune.py", "--init", "./gpt2", "--steps", 2, "--batch_tokens", 256, "--micro_batch_size", 2)
+    loaded = checkpoint.load(str(tmp_path / "runs" / "dolly"))
+    assert loaded.tokenizer is gpt2_tokenizer and loaded.model.config.vocab_size == 50_261
+    assert read_log(tmp_path / "runs" / "dolly")[0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50,261
+
+
+def test_dropped_conversations_never_share_attention(chat_data):
+    """Changing one conversation of a row leaves the losses of the others as they were, to the bit of a float."""
+    data = ChatDataset(chat_data, 64)
+    row = next(i for i, items in enumerate(data.rows["train"]) if len(items) > 1)
+    batch = data.batch("train", [row])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=261, n_layer=2, n_head=2, n_embd=32)).eval()
+    second = int((batch.positions[0] == 0).nonzero()[1])
+    changed = batch.tokens.clone()
+    changed[0, :second] = 7
+    with torch.no_grad():
+        before, after = (model(tokens, positions=batch.positions) for tokens in (batch.tokens, changed))
+    torch.testing.assert_close(before[:, second:], after[:, second:], rtol=0, atol=1e-6)
+    assert not torch.allclose(before[:, :second], after[:, :second])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--init", "./nowhere"), "./nowhere: no checkpoint there"),
+        (("--data", "nowhere"), "nowhere: no such dataset folder; make it with prepare_dolly.py"),
+        (("--lr", 2), "--lr is 2.0: it must be above 0 and at most 1"),
+        (("--epochs", 0), "--epochs is 0"),
+        (("--steps", -3), "--steps is -3"),
+        (("--batch_tokens", 100), "--batch_tokens 100 is not a multiple of 512"),
+    ],
+)
+def test_bad_values(fails, pretrained, chat_data, flags, words):
+    assert words in fails("finetune.py", "--init", pretrained, "--data", chat_data, *TUNE, *flags)
+
+
+def test_bad_inits(fails, pretrained, chat_data, text_data, tmp_path):
+    args = ("finetune.py", "--data", chat_data, *TUNE)
+    shutil.copytree(pretrained, tmp_path / "cut")
+    for weights in (tmp_path / "cut").glob("*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-100])
+    assert "damaged or truncated" in fails(*args, "--init", "./cut")
+
+    small = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    checkpoint.save(tmp_path / "small" / "step_000001", small, {}, {"step": 1, "tokenizer": "bytes"})
+    sizes = ("--batch_tokens", 256, "--micro_batch_size", 8)
+    assert "the model's context is 16" in fails(*args, *sizes, "--init", "./small")
+    assert "holds text data, not chat" in fails(*args, "--init", pretrained, "--data", text_data)
+
+
+def test_other_tokens(fails, gpt2_tokenizer, chat_data, tmp_path):
+    GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2")
+    error = fails("finetune.py", "--init", "./gpt2", "--data", chat_data, *TUNE)
+    assert "has bytes tokens" in error and "--tokenizer gpt2" in error
+
+
+def test_validation_does_not_depend_on_batching(chat_data):
+    data = ChatDataset(chat_data, 64)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=261, n_layer=1, n_head=1, n_embd=16))
+    procs = Processes(0, 1, torch.device("cpu"), torch.float32)
+    rows = range(data.n_rows["val"])
+    one_by_one = validate(model, [data.batch("val", [row]) for row in rows], procs)
+    assert validate(model, [data.batch("val", list(rows))], procs) == pytest.approx(one_by_one, rel=1e-6)

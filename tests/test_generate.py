@@ -1,0 +1,131 @@
+"""generate.py as a real process: texts, answers, conversations, and what it says to mistakes."""
+
+import json
+
+import pytest
+import torch
+from conftest import start
+
+import checkpoint
+from model import GPT, GPTConfig
+
+GREEDY = ("--temperature", 0, "--max_tokens", 20)
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory):
+    """A chat model that has learned four answers by heart."""
+    folder = tmp_path_factory.mktemp("parrot")
+    pairs = {"sky?": "Blue.", "grass?": "Green, mostly.", "snow?": "White.", "coal?": "Black as é."}
+    records = [{"instruction": q, "context": "", "response": a} for q, a in pairs.items()] * 30
+    records += [{"instruction": f"{i}?", "context": "", "response": "No."} for i in range(20)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = ("--files", "chat.jsonl", "--tokenizer", "bytes", "--block_size", 64, "--val_fraction", 0.2)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=64))
+    checkpoint.save(folder / "base" / "step_000001", model, {}, {"step": 1, "tokenizer": "bytes"})
+    start("prepare_dolly.py", *data, cwd=folder)
+    steps = ("--steps", 120, "--batch_tokens", 1024, "--micro_batch_size", 16, "--lr", 1e-2, "--dropout", 0)
+    start("finetune.py", "--init", "./base", *steps, "--val_every", 60, cwd=folder)
+    learned = {json.loads(line)["instruction"] for line in (folder / "chat.jsonl").read_text().splitlines()}
+    assert set(pairs) <= learned
+    return folder, pairs
+
+
+def test_answers_and_stops_by_itself(parrot):
+    """The default checkpoint is runs/dolly; at least three of the four answers were in the training split."""
+    folder, pairs = parrot
+    answers = {q: start("generate.py", "--prompt", q, *GREEDY, cwd=folder).stdout for q in pairs}
+    assert sum(answers[q] == a + "\n" for q, a in pairs.items()) >= 3, answers
+
+
+def test_conversation_remembers(parrot):
+    """Two turns are read, both are answered, and the end of the input ends it."""
+    folder, pairs = parrot
+    done = start("generate.py", "--chat", *GREEDY, cwd=folder, input="sky?\nsnow?\n")
+    first, second = done.stdout.split("> ")[1:3]
+    assert first == pairs["sky?"] + "\n" and second.strip()
+    assert "Traceback" not in done.stderr
+
+
+def test_raw_continues_the_text(parrot):
+    folder, _ = parrot
+    done = start("generate.py", "--prompt", "sky", "--raw", *GREEDY, cwd=folder)
+    assert done.stdout.startswith("sky")
+
+
+def test_pretrained_model_continues_the_prompt(run_script, pretrained):
+    args = ("generate.py", "--checkpoint", pretrained, "--prompt", "Document", "--max_tokens", 30)
+    first, again, other = (run_script(*args, "--seed", seed).stdout for seed in (1, 1, 2))
+    assert first == again != other and first.startswith("Document") and len(first) > 30
+
+
+def test_samples_in_one_batch(run_script, pretrained):
+    args = ("generate.py", "--checkpoint", pretrained, "--prompt", "Document", "--max_tokens", 30)
+    samples = run_script(*args, "--num_samples", 3, "--seed", 1).stdout.split("--- sample ")[1:]
+    assert len(samples) == 3 and len({sample[1:] for sample in samples}) == 3
+    alone = run_script(*args, "--temperature", 0).stdout
+    together = run_script(*args, "--temperature", 0, "--num_samples", 2).stdout
+    assert together == f"--- sample 1\n{alone}--- sample 2\n{alone}"
+
+
+def test_goes_on_past_the_context(run_script, pretrained):
+    """The tiny context is 64 tokens: 200 more are no reason to stop, a prompt of 100 is cut with a warning."""
+    args = ("generate.py", "--checkpoint", pretrained, "--max_tokens", 200, "--temperature", 0)
+    done = run_script(*args, "--prompt", "Document")
+    assert len(done.stdout.encode()) >= 200 and done.stderr == ""
+    done = run_script(*args, "--prompt", "Document " * 12)
+    assert "warning: the prompt has 109 tokens, the context 64" in done.stderr
+
+
+def test_long_question_keeps_the_newest(run_script, finetuned):
+    done = run_script("generate.py", "--checkpoint", finetuned, "--prompt", "After 7? " * 20, *GREEDY)
+    assert "its oldest part is left out" in done.stderr and done.stdout
+
+
+def test_half_precision(run_script, pretrained):
+    args = ("generate.py", "--checkpoint", pretrained, "--prompt", "Document", *GREEDY)
+    assert run_script(*args, "--dtype", "bfloat16").stdout.startswith("Document")
+
+
+def test_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
+    GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2")
+    done = run_script("generate.py", "--checkpoint", "./gpt2", "--prompt", "The sea", *GREEDY)
+    assert done.stdout.startswith("The sea")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((), "give a --prompt"),
+        (("--prompt", "a", "--temperature", -1), "--temperature is -1.0: it must be at least 0"),
+        (("--prompt", "a", "--temperature", "nan"), "--temperature is nan"),
+        (("--prompt", "a", "--top_p", 0), "--top_p is 0.0: it must be above 0 and at most 1"),
+        (("--prompt", "a", "--top_p", 1.1), "--top_p is 1.1"),
+        (("--prompt", "a", "--top_k", 0), "--top_k is 0"),
+        (("--prompt", "a", "--num_samples", 0), "--num_samples is 0"),
+        (("--prompt", "a", "--max_tokens", 0), "--max_tokens is 0"),
+        (("--prompt", "a", "--chat"), "exclude each other"),
+        (("--chat",), "is not a chat model"),
+        (("--prompt", "a", "--checkpoint", "runs/nowhere"), "runs/nowhere: no checkpoint there"),
+        (("--prompt", "a", "--checkpoint", "nobody/nothing"), "neither a folder nor a model on the hub"),
+    ],
+)
+def test_mistakes(fails, pretrained, flags, words):
+    checkpoint_flag = () if "--checkpoint" in flags else ("--checkpoint", pretrained)
+    assert words in fails("generate.py", *checkpoint_flag, *flags)
+
+
+def test_damaged_checkpoints(fails, finetuned, tmp_path):
+    for name, words in {"model.safetensors": "damaged or truncated", "meta.json": "is damaged"}.items():
+        folder = tmp_path / name / "step_000001"
+        folder.mkdir(parents=True)
+        for file in checkpoint.checkpoints(finetuned)[-1].iterdir():
+            data = file.read_bytes()
+            (folder / file.name).write_bytes(data[: len(data) // 2] if file.name == name else data)
+        assert words in fails("generate.py", "--checkpoint", folder, "--prompt", "a")
+
+    other = tmp_path / "other" / "step_000001"
+    other.mkdir(parents=True)
+    (other / "meta.json").write_text('{"version": 99}')
+    assert "format version 99" in fails("generate.py", "--checkpoint", other, "--prompt", "a")

@@ -1,0 +1,162 @@
+"""pretrain.py as a real process: it learns, logs, keeps, resumes, refuses, and does the same on two processes."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TRAIN, read_log, start
+from safetensors.torch import load_file
+
+import checkpoint
+
+
+def losses(run) -> list[float]:
+    return [row["loss"] for row in read_log(run) if "loss" in row]
+
+
+def test_learns_and_logs(pretrained):
+    rows = read_log(pretrained)
+    steps = [row for row in rows if "loss" in row]
+    validations = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert [row["tokens"] for row in steps] == [1024 * step for step in range(1, 13)]
+    assert all({"loss", "grad_norm", "lr", "tokens_per_s", "mfu"} <= row.keys() for row in steps)
+    assert all(0 < row["mfu"] < 1 and row["tokens_per_s"] > 0 for row in steps)
+    assert [row["step"] for row in validations] == [0, 4, 6, 8, 12]
+    assert validations[-1]["val_loss"] < 0.9 * validations[0]["val_loss"]
+
+
+def test_checkpoints_are_validated_and_described(pretrained):
+    folders = checkpoint.checkpoints(pretrained)
+    assert [folder.name for folder in folders] == ["step_000006", "step_000012"]
+    validations = {row["step"]: row["val_loss"] for row in read_log(pretrained) if "val_loss" in row}
+    for folder in folders:
+        meta = checkpoint.read_meta(folder)
+        assert meta["metrics"]["val_loss"] == validations[meta["step"]]
+        assert meta["tokenizer"] == "bytes" and meta["model"]["vocab_size"] == 257
+        assert meta["identity"]["lr"] == 3e-3 and meta["identity"]["data"]
+
+
+def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
+    done = run_script("pretrain.py", "--data", text_data, "--run", "mine", *TRAIN, "--keep", 1, "--save_every", 3)
+    assert "1,024 tokens a step = 8 rows x 64 tokens x 1 processes x 2 micro-batches" in done.stdout
+    assert "tiny: 35,744 parameters" in done.stdout
+    assert "left" in done.stdout and "MFU" in done.stdout
+    kept = {folder.name for folder in checkpoint.checkpoints(tmp_path / "runs" / "mine")}
+    assert "step_000012" in kept and len(kept) <= 2  # the newest, and the best if that is another
+    assert "step 0: validation loss 5.5" in done.stdout  # ln 257 = 5.549: an untrained model knows nothing
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, dropout):
+    """What a crash after step 8 leaves behind goes on to the same bits, and no step is logged twice."""
+    args = ("pretrain.py", "--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4, "--dropout", dropout)
+    run_script(*args, "--run", "./whole")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "step_000012")
+    rows = (broken / "log.jsonl").read_text().splitlines(keepends=True)
+    (broken / "log.jsonl").write_text("".join(rows[:11]) + rows[11][:20])  # the last line is cut in the middle
+    done = run_script(*args, "--run", "./broken")
+    assert "6 steps done" in done.stdout
+    for file in ("model.safetensors", "train_state.safetensors"):
+        assert (whole / "step_000012" / file).read_bytes() == (broken / "step_000012" / file).read_bytes()
+    timeless = [[{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in read_log(run)]
+                for run in (whole, broken)]  # fmt: skip
+    assert timeless[0] == timeless[1]
+
+
+def test_finished_run_has_nothing_to_do(run_script, text_data, pretrained):
+    before = (pretrained / "log.jsonl").read_bytes()
+    done = run_script("pretrain.py", "--data", text_data, "--run", pretrained, *TRAIN)
+    assert "done: 12 steps" in done.stdout and (pretrained / "log.jsonl").read_bytes() == before
+
+
+def test_refuses_to_go_on_with_another_run(fails, text_data, pretrained):
+    error = fails("pretrain.py", "--data", text_data, "--run", pretrained, *TRAIN, "--lr", 1e-3, "--seed", 7)
+    assert "lr was 0.003 and is now 0.001" in error and "seed was 1337 and is now 7" in error
+
+
+def test_refuses_to_go_on_with_other_data(fails, text_data, pretrained, tmp_path):
+    shutil.copytree(text_data, tmp_path / "other")
+    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
+    meta["train"]["files"][0]["sha256"] = "0" * 64
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    assert "data was" in fails("pretrain.py", "--data", "other", "--run", pretrained, *TRAIN)
+
+
+@pytest.mark.parametrize("dropout", [0.0])
+def test_two_processes_equal_one(pretrained, text_data, tmp_path, dropout):
+    """The same global batches, losses within float32 rounding."""
+    often = ("--val_every", 4, "--save_every", 6, "--dropout", dropout)
+    start("pretrain.py", "--data", text_data, "--run", "./two", *TRAIN, *often, cwd=tmp_path, processes=2)
+    one, two = read_log(pretrained), read_log(tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(pretrained), rel=1e-5)
+    for key in ("val_loss", "grad_norm"):
+        assert [r[key] for r in two if key in r] == pytest.approx([r[key] for r in one if key in r], rel=1e-4)
+    validations = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (one, two)]
+    assert validations[0] == pytest.approx(validations[1], rel=1e-5)
+
+
+def test_micro_batches_do_not_matter(run_script, text_data, pretrained, tmp_path):
+    often = ("--val_every", 4, "--save_every", 6, "--micro_batch_size", 2)
+    run_script("pretrain.py", "--data", text_data, "--run", "./small", *TRAIN, *often)
+    assert losses(tmp_path / "small") == pytest.approx(losses(pretrained), rel=1e-5)
+
+
+def test_compiled_equals_eager(run_script, text_data, pretrained, tmp_path):
+    pytest.importorskip("torch._inductor")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on CPU")
+    often = ("--val_every", 4, "--save_every", 6, "--compile")
+    run_script("pretrain.py", "--data", text_data, "--run", "./compiled", *TRAIN, *often)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(pretrained), rel=1e-4)
+
+
+def test_bfloat16_trains(run_script, text_data, pretrained, tmp_path):
+    run_script("pretrain.py", "--data", text_data, "--run", "./half", *TRAIN, "--dtype", "bfloat16")
+    assert losses(tmp_path / "half") != losses(pretrained)
+    assert losses(tmp_path / "half") == pytest.approx(losses(pretrained), rel=2e-2)
+    weights = load_file(checkpoint.checkpoints(tmp_path / "half")[-1] / "model.safetensors")
+    assert all(str(weight.dtype) == "torch.float32" for weight in weights.values())
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--batch_tokens", 1000), "--batch_tokens 1000 is not a multiple of 512"),
+        (("--lr", 0), "--lr is 0.0: it must be above 0"),
+        (("--lr", "nan"), "--lr is nan"),
+        (("--warmup_fraction", 1.5), "--warmup_fraction is 1.5"),
+        (("--dropout", -0.1), "--dropout is -0.1"),
+        (("--weight_decay", -1), "--weight_decay is -1"),
+        (("--grad_clip", 0), "--grad_clip is 0"),
+        (("--steps", 0), "--steps is 0"),
+        (("--micro_batch_size", 0), "--micro_batch_size is 0"),
+        (("--keep", 0), "--keep is 0"),
+        (("--seed", -1), "--seed is -1"),
+        (("--data", "nowhere"), "nowhere: no such dataset folder; make it with prepare_fineweb.py"),
+        (("--device", "cuda:99"), "--device cuda:99"),
+        (("--model", "gpt2"), "--batch_tokens 1024 is not a multiple of 8192"),
+    ],
+)
+def test_bad_values(fails, text_data, flags, words):
+    assert words in fails("pretrain.py", "--data", text_data, *TRAIN, *flags)
+
+
+def test_bad_folders(fails, text_data, chat_data, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("do not lose me")
+    assert "already holds something else" in fails("pretrain.py", "--data", text_data, "--run", "./taken", *TRAIN)
+    assert (tmp_path / "taken" / "thesis.txt").read_text() == "do not lose me"
+
+    assert "holds chat data, not text" in fails("pretrain.py", "--data", chat_data, *TRAIN)
+
+    shutil.copytree(text_data, tmp_path / "half")
+    (tmp_path / "half" / "meta.json").rename(tmp_path / "half" / "incomplete.json")
+    assert "is half-written" in fails("pretrain.py", "--data", "half", *TRAIN)
+
+    shutil.copytree(text_data, tmp_path / "short")
+    shard = tmp_path / "short" / "train_000000.npy"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert "damaged or truncated" in fails("pretrain.py", "--data", "short", *TRAIN)

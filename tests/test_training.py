@@ -1,0 +1,147 @@
+"""One training step and one validation against plain computations of the same thing; schedule and batch arithmetic."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cli import UserError
+from data import Batch
+from model import GPT, IGNORE, GPTConfig
+from training import (
+    Processes,
+    batch_rows,
+    build_optimizer,
+    find_device,
+    find_dtype,
+    lr_at,
+    peak_flops,
+    seed_step,
+    train_step,
+    validate,
+)
+
+CPU = torch.device("cpu")
+ALONE = Processes(rank=0, world_size=1, device=CPU, dtype=torch.float32)
+
+
+def small_model(dropout: float = 0.0) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=dropout))
+
+
+def ragged_batch(rows: int) -> Batch:
+    """Rows of which each has another number of learned tokens."""
+    tokens = torch.randint(0, 50, (rows, 17), generator=torch.Generator().manual_seed(rows))
+    targets = tokens[:, 1:].clone()
+    for row in range(rows):
+        targets[row, : 2 * row] = IGNORE
+    return Batch(tokens[:, :-1].contiguous(), targets)
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    return [Batch(*pair) for pair in zip(batch.tokens.split(size), batch.targets.split(size), strict=True)]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 6])
+def test_step_equals_plain_torch(micro_batch_size):
+    """Loss, gradient norm and weights equal those of one mean over all learned tokens, however the rows are split."""
+    batch, model = ragged_batch(6), small_model()
+    plain = copy.deepcopy(model)
+    optimizer, plain_optimizer = build_optimizer(model, 1e-2, 0.1), build_optimizer(plain, 1e-2, 0.1)
+    metrics = train_step(model, split(batch, micro_batch_size), optimizer, 1e-2, 0.5, ALONE)
+
+    loss = F.cross_entropy(plain(batch.tokens).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    plain_optimizer.step()
+    assert math.isclose(metrics["loss"].item(), loss.item(), rel_tol=1e-6)
+    assert math.isclose(metrics["grad_norm"].item(), norm.item(), rel_tol=1e-5)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_step_sets_the_learning_rate():
+    model = small_model()
+    optimizer = build_optimizer(model, 1.0, 0.1)
+    before = copy.deepcopy(model.state_dict())
+    train_step(model, [ragged_batch(2)], optimizer, 0.0, 1.0, ALONE)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_weight_decay_on_matrices_only():
+    decayed, plain = build_optimizer(small_model(), 1e-3, 0.1).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() >= 2 for p in decayed["params"])
+    assert plain["weight_decay"] == 0.0 and all(p.dim() == 1 for p in plain["params"])
+
+
+def test_validation_is_the_exact_mean_and_leaves_no_trace():
+    """Batches weigh by their learned tokens; dropout is off; neither mode nor random state changes."""
+    batch, model = ragged_batch(7), small_model(dropout=0.5)
+    model.train()
+    random_state = torch.get_rng_state()
+    found = validate(model, split(batch, 3), ALONE)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        logits = model.eval()(batch.tokens)
+    expected = F.cross_entropy(logits.flatten(0, 1).double(), batch.targets.flatten(), ignore_index=IGNORE)
+    assert math.isclose(found, expected.item(), rel_tol=1e-6)
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank():
+    def draw(*key: int) -> float:
+        seed_step(*key)
+        return torch.rand(()).item()
+
+    keys = [(seed, step, rank) for seed in (0, 1) for step in (0, 1, 2) for rank in (0, 1)]
+    assert len({draw(*key) for key in keys}) == len(keys)
+    assert draw(1, 2, 1) == draw(1, 2, 1)
+
+
+def test_schedule():
+    """Up in a straight line, a cosine down to a tenth, never above the highest and never zero."""
+    rates = [lr_at(step, 100, 1e-3, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([1e-4 * (i + 1) for i in range(10)])
+    assert max(rates) == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
+    assert rates[55] == pytest.approx(0.55e-3)  # half of the way down: the mean of 1 and 0.1
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert rates[-1] == pytest.approx(1e-4, rel=0.01)
+    assert lr_at(0, 1, 1e-3, 0.0) == 1e-3
+
+
+def test_batch_rows():
+    assert batch_rows(524_288, 16, 1024, 8) == 512
+    with pytest.raises(
+        UserError, match=r"--batch_tokens 500000 is not a multiple of 131072 .*use --batch_tokens 524288"
+    ):
+        batch_rows(500_000, 16, 1024, 8)
+    with pytest.raises(UserError, match="use --batch_tokens 16384"):
+        batch_rows(100, 16, 1024, 1)
+
+
+def test_device_and_precision():
+    assert find_device("cpu") == CPU
+    assert find_dtype(None, CPU) == torch.float32 and find_dtype("bfloat16", CPU) == torch.bfloat16
+    with pytest.raises(UserError, match="--device nonsense"):
+        find_device("nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no such device"):
+            find_device("cuda")
+
+
+def test_peak_is_measured_on_cpu():
+    flops, source = peak_flops(ALONE)
+    assert 1e9 < flops < 1e14 and source == "cpu, measured"
+
+
+def test_autocast_changes_the_precision_of_products_only():
+    batch, model = ragged_batch(2), small_model()
+    half = Processes(0, 1, CPU, torch.bfloat16)
+    full_loss = validate(model, [batch], ALONE)
+    half_loss = validate(model, [batch], half)
+    assert half_loss != full_loss and math.isclose(half_loss, full_loss, rel_tol=1e-2)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
