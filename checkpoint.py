@@ -40,7 +40,7 @@ def save(folder: Path, model: GPT, train_state: dict[str, Tensor], meta: dict) -
     Args:
         model: the raw model, neither compiled nor wrapped.
         train_state: see `optimizer_state`.
-        meta: what else to keep; "version", "model" and "files" are added here.
+        meta: what else to keep: "tokenizer", and usually "step", "metrics" and "identity"; the rest is added here.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -51,8 +51,8 @@ def save(folder: Path, model: GPT, train_state: dict[str, Tensor], meta: dict) -
         files = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         for file in files:
             flush(temporary / file)
-        head = {"version": FORMAT_VERSION, "model": asdict(model.config), "files": files}
-        write_json(temporary / "meta.json", meta | head)
+        own = {"version": FORMAT_VERSION, "model": asdict(model.config), "files": files}
+        write_json(temporary / "meta.json", {"metrics": {}} | meta | own)
         publish(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,6 +69,8 @@ def read_meta(folder: Path) -> dict:
         f"{folder} has checkpoint format version {version}, this code reads"
         f" {FORMAT_VERSION}: use the code that wrote it",
     )
+    for name, kind in {"files": dict, "metrics": dict, "model": dict, "tokenizer": str}.items():
+        check(isinstance(meta.get(name), kind), f"{folder} is damaged: its meta.json has no {name}")
     return meta
 
 
@@ -76,7 +78,7 @@ def load_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
     """The tensors of one of a checkpoint's files, checksum verified first.  Raises `UserError` where it is damaged."""
     file = folder / f"{name}.safetensors"
     check(file.is_file(), f"{folder} is damaged: {file.name} is missing")
-    intact = sha256(file) == meta.get("files", {}).get(file.name)
+    intact = sha256(file) == meta["files"].get(file.name)
     check(
         intact, f"{file} is damaged or truncated: its checksum is not the one in meta.json; use an earlier checkpoint"
     )
@@ -93,7 +95,7 @@ def load_weights(folder: Path, meta: dict) -> GPT:
             model = GPT(GPTConfig(**meta["model"]))
         model.load_state_dict(load_tensors(folder, "model", meta), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from None
+        raise UserError(f"{folder} is damaged: {' '.join(str(error).split())}") from None
     return model
 
 
@@ -129,7 +131,8 @@ def best(run: Path) -> Path:
     """The checkpoint of a run with the lowest validation loss; the newest of equals.  The run has at least one."""
 
     def loss(folder: Path) -> float:
-        return read_meta(folder).get("metrics", {}).get("val_loss", float("inf"))
+        value = read_meta(folder)["metrics"].get("val_loss")
+        return value if isinstance(value, (int, float)) and value == value else float("inf")  # NaN is never the best
 
     return min(reversed(checkpoints(run)), key=loss)
 
@@ -164,7 +167,7 @@ def load(source: str) -> Loaded:
         folder = best(folder)
     if (folder / "meta.json").is_file():
         meta = read_meta(folder)
-        model, tokenizer = load_weights(folder, meta), load_tokenizer(meta.get("tokenizer", ""))
+        model, tokenizer = load_weights(folder, meta), load_tokenizer(meta["tokenizer"])
         chat = model.config.vocab_size == tokenizer.chat_vocab_size
         known = chat or model.config.vocab_size == tokenizer.vocab_size
         check(known, f"{folder} has a vocabulary of {model.config.vocab_size}, which is not {tokenizer.name}'s")

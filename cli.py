@@ -73,7 +73,8 @@ class Progress:
 
     def __init__(self, total: int | None, unit: str, initial: int = 0, enabled: bool = True, seconds: float = 10.0):
         self.total, self.unit, self.done, self.enabled, self.seconds = total, unit, initial, enabled, seconds
-        self.initial, self.started, self.printed = initial, time.perf_counter(), -math.inf
+        self.initial, self.started = initial, time.perf_counter()
+        self.printed = -math.inf if total else self.started  # work of unknown length may be over before it needs a line
         self.bar = None
         if enabled and sys.stderr.isatty():
             self.bar = tqdm(total=total, unit=unit, initial=initial, unit_scale=unit == "token", dynamic_ncols=True)

@@ -259,7 +259,7 @@ class GPT(nn.Module):
             model = cls(config)
             model.load_state_dict(_weights_from_hf(model, weights_file))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{source} is not a GPT-2 that can be read: {error}") from None
+            raise ValueError(f"{source} is not a GPT-2 that can be read: {' '.join(str(error).split())}") from None
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -313,6 +313,7 @@ def _config_from_hf(config: dict) -> GPTConfig:
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
+        "add_cross_attention": False,
     }
     for name, value in required.items():
         if config.get(name, value) != value:
@@ -357,7 +358,7 @@ def _weights_from_hf(model: GPT, file: Path) -> dict[str, Tensor]:
         expected = (model.config.vocab_size, *own.shape[1:]) if name == "wte.weight" else tuple(own.shape)
         if tuple(weight.shape) != expected:
             raise ValueError(f"{name} in {file.name} has shape {tuple(weight.shape)}, expected {expected}")
-        weights[name] = weight.float()
+        weights[name] = weight
     padding = torch.zeros(model.config.padded_vocab_size - model.config.vocab_size, model.config.n_embd)
-    weights["wte.weight"] = torch.cat([weights["wte.weight"], padding])
+    weights["wte.weight"] = torch.cat([weights["wte.weight"].float(), padding])
     return weights

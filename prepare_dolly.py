@@ -176,9 +176,10 @@ def summarise(config: Config, manifest: dict, counts: dict) -> None:
     for name, split in manifest.items():
         learned = f"{split['learned_tokens']:,} of {split['tokens']:,} tokens are learned"
         print(f"{name}: {split['documents']:,} conversations, {learned}")
+    records = sum(split["documents"] for split in manifest.values()) + counts["dropped"] + counts["skipped_empty"]
+    print(f"{records:,} records, {counts['shortened']} of them shortened to {config.block_size} tokens; not kept are")
     print(
-        f"{counts['shortened']} shortened to {config.block_size} tokens, {counts['dropped']} dropped (an answer longer"
-        f" than that), {counts['skipped_empty']} empty ones skipped -> {config.out}"
+        f"{counts['dropped']} with an answer longer than that and {counts['skipped_empty']} empty ones -> {config.out}"
     )
     print(f"next: python finetune.py --data {config.out}")
 

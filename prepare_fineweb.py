@@ -21,13 +21,15 @@ from shards import FORMAT_VERSION, ShardWriter, close_output, is_validation, ope
 from sources import Record, expand, hub_dataset, read_files
 from tokenizer import Tokenizer, load_tokenizer, utf8
 
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "HuggingFaceFW/fineweb-edu"
+    dataset: str = FINEWEB_EDU
     """A text dataset on the Hugging Face Hub; its split "train" is read."""
-    name: str | None = "sample-10BT"
-    """Which of the dataset's configurations; None where it has one only."""
+    name: str | None = None
+    """Which of the dataset's configurations; None takes sample-10BT of FineWeb-Edu, and the default of any other."""
     files: tuple[str, ...] = ()
     """Local .txt, .jsonl and .parquet files instead, as paths or globs."""
     text_field: str = "text"
@@ -87,8 +89,9 @@ def open_source(config: Config) -> tuple[dict, Iterator[Record]]:
         files = expand(config.files, (".txt", ".jsonl", ".parquet"))
         named = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
         return {"files": named}, read_files(files, config.text_field)
-    revision, records = hub_dataset(config.dataset, config.name)
-    return {"dataset": config.dataset, "name": config.name, "revision": revision}, records
+    name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
+    revision, records = hub_dataset(config.dataset, name)
+    return {"dataset": config.dataset, "name": name, "revision": revision}, records
 
 
 def describe(config: Config, source: dict) -> dict:

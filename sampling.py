@@ -19,12 +19,14 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, tokens = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes them overflow
+    logits, tokens = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_k is not None:
         logits, tokens = logits[:, :top_k], tokens[:, :top_k]
     probabilities = logits.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together
-    probabilities = probabilities.where(before < top_p, 0.0)  # the first is always kept: nothing is before it
+    if top_p < 1:
+        before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together
+        probabilities = probabilities.where(before < top_p, 0.0)  # the first is always kept: nothing is before it
     return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
 
@@ -51,7 +53,7 @@ def generate(
     while True:
         if cache.length + new.size(1) > block_size:
             cache.length = 0
-            new = history = history[:, -(block_size // 2) :]
+            new = history = history[:, -max(1, block_size // 2) :]
         hidden = model.hidden(new, cache=cache)[:, -1]  # (n_samples, C)
         tokens = choose(model.logits(hidden), temperature, top_k, top_p, generator)
         yield tokens

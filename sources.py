@@ -119,7 +119,9 @@ def hub_dataset(dataset: str, name: str | None, split: str = "train") -> tuple[s
         revision = HfApi().dataset_info(dataset).sha
         stream = load_dataset(dataset, name=name, split=split, streaming=True, revision=revision)
     except Exception as error:  # no such name, no network, a private dataset: the client has a class for each
-        raise UserError(f"dataset {label} cannot be opened: {first_line(error)}") from None
+        raise UserError(
+            f"dataset {label} cannot be opened: {first_line(error)}; check the name and the network, or use --files"
+        ) from None
     return revision, read_stream(label, stream)
 
 

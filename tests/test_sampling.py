@@ -1,0 +1,207 @@
+"""How a token is chosen, against the definitions; the generation loop, against the slow one without a cache."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import GPT, GPTConfig
+from sampling import choose, generate
+
+DRAWS = 3000
+few_examples = settings(max_examples=40, deadline=None)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(logits: list[float], temperature=1.0, top_k=None, top_p=1.0, n: int = DRAWS, seed: int = 0) -> Tensor:
+    """`n` independent draws from the same logits."""
+    return choose(torch.tensor([logits]).expand(n, -1), temperature, top_k, top_p, seeded(seed))
+
+
+def allowed(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> set[int]:
+    """The tokens that may be drawn, by the definition: cut to the k likeliest, then to the smallest set of the
+    likeliest of these that together reach `top_p`."""
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])[:top_k]
+    weights = np.exp(np.array([logits[token] for token in order]) / temperature)
+    reached = np.cumsum(weights / weights.sum())
+    assume(np.abs(reached - top_p).min() > 1e-4 or top_p == 1)  # on the edge, rounding decides
+    size = 1
+    while size < len(order) and reached[size - 1] < top_p:
+        size += 1
+    return set(order[:size])
+
+
+# Distinct, and close enough that a few thousand draws meet each of them.
+logit_lists = st.lists(st.integers(-6, 6).map(lambda i: i / 4), min_size=1, max_size=8, unique=True)
+
+
+@few_examples
+@given(
+    logits=logit_lists,
+    temperature=st.sampled_from([0.7, 1.0, 2.0]),
+    top_k=st.none() | st.integers(1, 10),
+    top_p=st.floats(0.01, 1.0),
+)
+def test_exactly_the_allowed_tokens_are_drawn(logits, temperature, top_k, top_p):
+    drawn = draw(logits, temperature, top_k, top_p).unique().tolist()
+    assert set(drawn) == allowed(logits, temperature, top_k, top_p)
+
+
+@few_examples
+@given(logits=logit_lists)
+def test_all_roads_to_the_likeliest_token(logits):
+    likeliest = int(np.argmax(logits))
+    for choice in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        assert draw(logits, n=20, **choice).unique().tolist() == [likeliest], choice
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_tokens_are_drawn_as_often_as_they_are_likely(temperature):
+    logits = [0.0, 2.0, -1.0, 1.0, 0.5]
+    frequencies = draw(logits, temperature, n=40_000).bincount(minlength=5) / 40_000
+    expected = (torch.tensor(logits) / temperature).softmax(dim=0)
+    torch.testing.assert_close(frequencies, expected, atol=0.01, rtol=0)
+
+
+def test_cut_distribution_is_renormalised():
+    """With probabilities 1/2, 1/4, 1/8, 1/8, top_k=3 and top_p=0.8 leave two tokens, drawn 2 : 1."""
+    logits = torch.tensor([1 / 8, 1 / 2, 1 / 8, 1 / 4]).log().tolist()
+    frequencies = draw(logits, top_k=3, top_p=0.8, n=40_000).bincount(minlength=4) / 40_000
+    torch.testing.assert_close(frequencies, torch.tensor([0, 2 / 3, 0, 1 / 3]), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_every_row_has_its_own_distribution(temperature):
+    logits = torch.randn(64, 11, generator=seeded())
+    assert torch.equal(choose(logits, temperature, None, 1.0, seeded()), logits.argmax(dim=-1))
+
+
+def test_draws_depend_on_the_generator_alone():
+    logits = [0.0] * 50
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = draw(logits, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(draw(logits, seed=1), first)
+    assert not torch.equal(draw(logits, seed=2), first)
+
+
+def test_half_precision_logits_are_drawn_from_in_full_precision():
+    logits = torch.randn(DRAWS, 50, generator=seeded()).to(torch.bfloat16)
+    drawn = choose(logits, 0.7, 20, 0.9, seeded())
+    assert torch.equal(drawn, choose(logits.float(), 0.7, 20, 0.9, seeded())) and drawn.dtype == torch.int64
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------
+
+
+def small_model(block_size: int = 16, dtype: torch.dtype = torch.float32) -> GPT:
+    """Random weights, strong enough that every token matters; the padding rows would win if they took part."""
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=37, n_layer=2, n_head=2, n_embd=8, vocab_multiple=16))
+    generator = seeded()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.1, 0.4, generator=generator)
+        model.wte.weight[37:] = 1e3
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def slow_generate(model: GPT, prompt: list[int], n: int, samples: int, temperature: float, seed: int = 0) -> Tensor:
+    """The same rule with no cache: read the whole window for each token; when it outgrows the context, keep the newest
+    half of a context.  Returns (n, samples)."""
+    generator, block_size = seeded(seed), model.config.block_size
+    windows = torch.tensor([prompt[-block_size:]] * samples)
+    drawn = []
+    for _ in range(n):
+        if windows.size(1) > block_size:
+            windows = windows[:, windows.size(1) - block_size // 2 :]
+        drawn.append(choose(model(windows)[:, -1], temperature, None, 1.0, generator))
+        windows = torch.cat([windows, drawn[-1][:, None]], dim=1)
+    return torch.stack(drawn)
+
+
+def fast_generate(model: GPT, prompt: list[int], n: int, samples: int, temperature: float, seed: int = 0) -> Tensor:
+    return torch.stack([*islice(generate(model, prompt, samples, seeded(seed), temperature, top_k=None), n)])
+
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("block_size", [2, 9, 16])
+@pytest.mark.parametrize("prompt_length", [1, 5, 16, 20])
+def test_cached_generation_equals_uncached(block_size, prompt_length, temperature):
+    """Within the context, from its last place, with a prompt that overflows it, and several contexts further on."""
+    model, prompt = small_model(block_size), PROMPT[:prompt_length]
+    expected = slow_generate(model, prompt, 40, 3, temperature)
+    assert torch.equal(fast_generate(model, prompt, 40, 3, temperature), expected)
+
+
+def test_a_long_prompt_is_cut_to_its_end():
+    model = small_model()
+    assert torch.equal(fast_generate(model, PROMPT, 8, 2, 1.0), fast_generate(model, PROMPT[-16:], 8, 2, 1.0))
+    assert not torch.equal(fast_generate(model, PROMPT, 8, 2, 1.0), fast_generate(model, PROMPT[:16], 8, 2, 1.0))
+
+
+def test_samples_differ_unless_greedy():
+    model = small_model()
+    sampled = fast_generate(model, PROMPT[:3], 20, 4, 1.0)
+    assert sampled.shape == (20, 4) and len(sampled.unique(dim=1).t()) == 4
+    greedy = fast_generate(model, PROMPT[:3], 20, 4, 0.0)
+    assert torch.equal(greedy, fast_generate(model, PROMPT[:3], 20, 1, 0.0).expand(20, 4))
+
+
+def test_generation_is_reproducible():
+    model = small_model()
+    assert torch.equal(
+        fast_generate(model, PROMPT, 20, 2, 1.0, seed=3), fast_generate(model, PROMPT, 20, 2, 1.0, seed=3)
+    )
+    assert not torch.equal(
+        fast_generate(model, PROMPT, 20, 2, 1.0, seed=3), fast_generate(model, PROMPT, 20, 2, 1.0, seed=4)
+    )
+
+
+def test_limits_reach_the_choice():
+    model = small_model()
+    greedy = fast_generate(model, PROMPT, 10, 2, 0.0)
+    for limits in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert torch.equal(torch.stack([*islice(generate(model, PROMPT, 2, seeded(), 1.0, **limits), 10)]), greedy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_is_never_drawn(dtype):
+    drawn = fast_generate(small_model(dtype=dtype), PROMPT, 30, 8, 5.0)
+    assert 30 < drawn.max() < 37
+
+
+def test_the_caller_keeps_its_gradients():
+    model = small_model()
+    assert next(generate(model, PROMPT, 1, seeded())).is_inference()
+    assert torch.is_grad_enabled() and model(torch.tensor([PROMPT[:5]])).requires_grad
+
+
+def test_top_p_of_one_allows_every_token():
+    """However small a token's share: the rounding of a cumulative sum cuts none off."""
+    logits = torch.zeros(1, 50_257)
+    logits[0, 0] = 20.0
+    draws = choose(logits.expand(64, -1), 100.0, None, 1.0, seeded())
+    assert draws.max() > 49_000
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-8])
+def test_a_tiny_temperature_is_greedy(temperature):
+    assert set(draw([1.0, 3.0, 2.0], temperature, n=20).tolist()) == {1}
+
+
+def test_a_context_of_one_token_goes_on():
+    model = GPT(GPTConfig(block_size=1, vocab_size=9, n_layer=1, n_head=1, n_embd=4)).eval()
+    assert len(list(islice(generate(model, [1, 2], 2, seeded()), 5))) == 5
