@@ -23,9 +23,11 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
     Exit codes: 0 done, 2 a mistake that one line on stderr explains, 130 interrupted by Ctrl-C.  Anything else is a bug
     and keeps its traceback.
     """
-    config = tyro.cli(config_class, description=description, use_underscores=True)
     try:
-        main(config)
+        try:
+            main(tyro.cli(config_class, description=description, use_underscores=True))
+        finally:
+            sys.stdout.flush()  # here, where a reader that went away is no error, and not when the interpreter ends
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -69,6 +69,8 @@ class TokenDataset(Dataset):
 
     def __init__(self, folder: str | Path, block_size: int):
         super().__init__(folder, block_size)
+        for array in [array for split in SPLITS for array in self.arrays[split]]:
+            check(array.dtype.kind == "u", f"{folder} holds arrays of {array.dtype}, expected uint16")
         self.starts = {split: np.cumsum([0, *map(len, self.arrays[split])]) for split in SPLITS}  # of each shard
         self.n_rows = {split: (int(self.starts[split][-1]) - 1) // block_size for split in SPLITS}
         for split, n_rows in self.n_rows.items():
@@ -110,9 +112,11 @@ class ChatDataset(Dataset):
         super().__init__(folder, block_size)
         self.rows: dict[str, list[list[int]]] = {}  # the conversations in each row
         for split in SPLITS:
+            check(len(self.arrays[split]) == 3, f"{folder}: the {split} split is not three arrays; prepare it again")
             tokens, learned, offsets = self.arrays[split]
+            ends = len(offsets) > 1 and (int(offsets[0]), int(offsets[-1])) == (0, len(tokens))
             check(
-                len(learned) == len(tokens) and len(offsets) > 1 and int(offsets[-1]) == len(tokens),
+                len(learned) == len(tokens) and ends,
                 f"{folder}: the {split} arrays do not fit each other; prepare the dataset again",
             )
             lengths = np.diff(offsets) - 1  # a conversation's last token is a target only
@@ -141,7 +145,7 @@ class ChatDataset(Dataset):
                 positions[b, span] = np.arange(end - begin - 1)
                 at = span.stop
             positions[b, at:] = np.arange(self.block_size - at)  # the rest of the row is a document of its own
-        largest = int(inputs.max())
+        largest = max(int(inputs.max()), int(targets.max()))
         check(
             largest < self.tokenizer.chat_vocab_size,
             f"{self.folder} holds token {largest}, which {self.tokenizer.name} has not: prepare the dataset again",

@@ -22,7 +22,7 @@ import numpy as np
 import cli
 from cli import Progress, UserError, check
 from shards import FORMAT_VERSION, SPLITS, close_output, is_validation, open_output, write_array
-from sources import Record, expand, hub_dataset, read_files
+from sources import Record, describe_files, expand, hub_dataset, read_files
 from tokenizer import ROLES, Tokenizer, load_tokenizer
 
 
@@ -63,24 +63,15 @@ def main(config: Config) -> None:
         return
 
     splits = {split: Conversations([], []) for split in SPLITS}
-    counts = {"shortened": 0, "dropped": 0, "skipped_empty": 0}
-    progress = Progress(None, "conversation")
-    for place, messages in conversations(records, counts):
-        progress.update(1)
-        encoded = encode(tokenizer, place, messages, config.block_size, counts)
-        if encoded is not None:
-            split = splits["val" if is_validation(json.dumps(messages).encode(), config.val_fraction) else "train"]
-            split.tokens.append(np.array(encoded[0], dtype=np.uint16))
-            split.learned.append(np.array(encoded[1], dtype=bool))
+    counts = {"records": 0, "shortened": 0, "dropped": 0, "skipped_empty": 0}
+    progress = Progress(None, "record")
+    for messages, tokens, learned in examples(records, tokenizer, config.block_size, counts):
+        split = splits["val" if is_validation(json.dumps(messages).encode(), config.val_fraction) else "train"]
+        split.tokens.append(np.array(tokens, dtype=np.uint16))
+        split.learned.append(np.array(learned, dtype=bool))
+        progress.update(counts["records"] - progress.done)
     progress.close()
-    total = sum(len(split.tokens) for split in splits.values())
-    check(total > 0, f"no conversations: the source holds none that can be learned ({counts})")
-    for name, split in splits.items():
-        check(
-            len(split.tokens) > 0,
-            f"none of the {total} conversations fell into the {name} split at --val_fraction"
-            f" {config.val_fraction}: choose another fraction",
-        )
+    check_splits(splits, config, counts)
     manifest = {name: write_split(config.out, name, split) for name, split in splits.items()}
     close_output(config.out, description | manifest | counts)
     summarise(config, manifest, counts)
@@ -90,7 +81,7 @@ def open_source(config: Config) -> tuple[dict, Iterator[Record]]:
     """What the manifest says of the source, and its records."""
     if config.files:
         files = expand(config.files, (".jsonl",))
-        return {"files": [{"file": str(file), "bytes": file.stat().st_size} for file in files]}, read_files(files)
+        return describe_files(files), read_files(files)
     revision, records = hub_dataset(config.dataset, config.name)
     return {"dataset": config.dataset, "name": config.name, "revision": revision}, records
 
@@ -108,14 +99,28 @@ def describe(config: Config, tokenizer: Tokenizer, source: dict) -> dict:
     }
 
 
-def conversations(records: Iterable[Record], counts: dict) -> Iterator[tuple[str, list[dict]]]:
-    """Each record as (place, messages); records in which nobody says anything are counted and passed over."""
+def examples(
+    records: Iterable[Record], tokenizer: Tokenizer, block_size: int, counts: dict
+) -> Iterator[tuple[list[dict], list[int], list[bool]]]:
+    """Each conversation that can be learned, as messages, tokens and learned marks; the others are counted.
+
+    Raises `UserError`, naming the record, where there is no assistant to learn from.
+    """
     for place, record in records:
+        counts["records"] += 1
         messages = to_messages(place, record)
-        if any(message["content"].strip() for message in messages):
-            yield place, messages
-        else:
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        check(bool(answers), f"{place}: nothing to learn: the conversation has no message of the assistant")
+        messages = messages[: answers[-1] + 1]  # what follows the last answer teaches nothing
+        if not any(messages[i]["content"].strip() for i in answers):
             counts["skipped_empty"] += 1
+            continue
+        encoded = tokenizer.encode_chat(messages)
+        if len(encoded[0]) > block_size:
+            encoded = tokenizer.encode_chat(messages, max_length=block_size)
+            counts["dropped" if encoded is None else "shortened"] += 1
+        if encoded is not None:
+            yield messages, *encoded
 
 
 def to_messages(place: str, record: dict) -> list[dict]:
@@ -146,17 +151,17 @@ def field(place: str, record: dict, *names: str, optional: bool = False) -> str:
     return value
 
 
-def encode(
-    tokenizer: Tokenizer, place: str, messages: list[dict], block_size: int, counts: dict
-) -> tuple[list[int], list[bool]] | None:
-    """A conversation's tokens and learned marks, or None where its answer alone is too long; both are counted."""
-    whole = tokenizer.encode_chat(messages)
-    check(any(whole[1]), f"{place}: nothing to learn: the conversation has no message of the assistant")
-    if len(whole[0]) <= block_size:
-        return whole
-    shortened = tokenizer.encode_chat(messages, max_length=block_size)
-    counts["dropped" if shortened is None else "shortened"] += 1
-    return shortened
+def check_splits(splits: dict[str, Conversations], config: Config, counts: dict) -> None:
+    """Raise `UserError` where a split got no conversation."""
+    total = sum(len(split.tokens) for split in splits.values())
+    why = f"of {counts['records']} records {counts['dropped']} are too long and {counts['skipped_empty']} are empty"
+    check(total > 0, f"no conversations to learn: {why}")
+    for name, split in splits.items():
+        check(
+            len(split.tokens) > 0,
+            f"none of the {total} conversations fell into the {name} split at --val_fraction"
+            f" {config.val_fraction}: choose another fraction",
+        )
 
 
 def write_split(folder: Path, name: str, split: Conversations) -> dict:
@@ -176,12 +181,11 @@ def summarise(config: Config, manifest: dict, counts: dict) -> None:
     for name, split in manifest.items():
         learned = f"{split['learned_tokens']:,} of {split['tokens']:,} tokens are learned"
         print(f"{name}: {split['documents']:,} conversations, {learned}")
-    records = sum(split["documents"] for split in manifest.values()) + counts["dropped"] + counts["skipped_empty"]
-    print(f"{records:,} records, {counts['shortened']} of them shortened to {config.block_size} tokens; not kept are")
     print(
-        f"{counts['dropped']} with an answer longer than that and {counts['skipped_empty']} empty ones -> {config.out}"
+        f"{counts['records']:,} records, {counts['shortened']} of them shortened to {config.block_size} tokens; not"
+        f" kept are {counts['dropped']} with an answer longer than that and {counts['skipped_empty']} with an empty one"
     )
-    print(f"next: python finetune.py --data {config.out}")
+    print(f"-> {config.out}; next: python finetune.py --data {config.out}")
 
 
 if __name__ == "__main__":

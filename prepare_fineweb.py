@@ -18,7 +18,7 @@ import numpy as np
 import cli
 from cli import Progress, UserError, check
 from shards import FORMAT_VERSION, ShardWriter, close_output, is_validation, open_output
-from sources import Record, expand, hub_dataset, read_files
+from sources import Record, describe_files, expand, hub_dataset, read_files
 from tokenizer import Tokenizer, load_tokenizer, utf8
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -87,8 +87,7 @@ def open_source(config: Config) -> tuple[dict, Iterator[Record]]:
     """What the manifest says of the source, and its records."""
     if config.files:
         files = expand(config.files, (".txt", ".jsonl", ".parquet"))
-        named = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
-        return {"files": named}, read_files(files, config.text_field)
+        return describe_files(files), read_files(files, config.text_field)
     name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
     revision, records = hub_dataset(config.dataset, name)
     return {"dataset": config.dataset, "name": name, "revision": revision}, records

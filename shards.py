@@ -42,7 +42,7 @@ def open_output(folder: Path, description: dict) -> bool:
         differences = "; ".join(f"{key} is {held.get(key)}, not {description[key]}" for key in changed)
         check(not changed, f"{folder} already holds another dataset ({differences}): choose another --out or delete it")
         return False
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(item.name != f"{INCOMPLETE}.tmp" for item in folder.iterdir()):
         check((folder / INCOMPLETE).exists(), f"{folder} already holds something else: choose another --out")
         for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
             file.unlink()
@@ -126,7 +126,8 @@ def read_meta(folder: Path, kind: str) -> dict:
     version = meta.get("version")
     check(version == FORMAT_VERSION, f"{folder} has format version {version}, expected {FORMAT_VERSION}: run {script}")
     check(meta.get("kind") == kind, f"{folder} holds {meta.get('kind')} data, not {kind}: {script} makes that")
-    check(all(meta.get(split, {}).get("files") for split in SPLITS), f"{folder}/meta.json lists no files: run {script}")
+    listed = all(isinstance(meta.get(split), dict) and meta[split].get("files") for split in SPLITS)
+    check(listed, f"{folder}/meta.json lists no files: run {script}")
     return meta
 
 
@@ -140,9 +141,17 @@ def bare_meta(folder: Path, kind: str) -> dict:
     meta: dict = {"kind": "text", "tokenizer": "gpt2"}
     for split, files in shards.items():
         arrays = [open_array(file) for file in files]
-        entries = [{"file": file.name, "length": len(array)} for file, array in zip(files, arrays, strict=True)]
+        entries = [
+            {"file": file.name, "length": len(array), "ends_sha256": ends_sha256(array)}
+            for file, array in zip(files, arrays, strict=True)
+        ]
         meta[split] = {"tokens": sum(map(len, arrays)), "files": entries}
     return meta
+
+
+def ends_sha256(array: np.ndarray, length: int = 500_000) -> str:
+    """A checksum of an array's beginning and end: enough to tell datasets apart without reading them whole."""
+    return hashlib.sha256(array[:length].tobytes() + array[-length:].tobytes()).hexdigest()
 
 
 def open_array(file: Path, length: int | None = None) -> np.ndarray:
@@ -151,10 +160,11 @@ def open_array(file: Path, length: int | None = None) -> np.ndarray:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{file} is missing: prepare the dataset again") from None
-    except ValueError as error:  # a broken header, or fewer bytes than the header says
+    except (ValueError, EOFError) as error:  # a broken header, fewer bytes than the header says, none at all
         raise UserError(f"{file} is damaged or truncated: {error}") from None
+    check(isinstance(array, np.ndarray), f"{file} is damaged or truncated: it holds no array")  # but a .npz archive
     check(array.ndim == 1, f"{file} has {array.ndim} dimensions, expected 1")
-    check(length is None or len(array) == length, f"{file} has {len(array):,} entries, its manifest says {length:,}")
+    check(length in (None, len(array)), f"{file} has {len(array)} entries, its manifest says {length}")
     return array
 
 

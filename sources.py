@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cli import UserError, check
+from files import sha256
 
 Record = tuple[str, dict]
 
@@ -30,6 +31,11 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
         check(file.suffix in suffixes, f"--files {file}: a file must end in {' or '.join(suffixes)}")
         check(files.count(file) == 1, f"--files {file}: named more than once")
     return files
+
+
+def describe_files(files: Sequence[Path]) -> dict:
+    """What a manifest says of local files as a source: names, sizes and checksums."""
+    return {"files": [{"file": str(file), "bytes": file.stat().st_size, "sha256": sha256(file)} for file in files]}
 
 
 def read_files(files: Sequence[Path], text_field: str = "text") -> Iterator[Record]:
@@ -55,7 +61,7 @@ def read_jsonl(file: Path) -> Iterator[Record]:
             place = f"{file} line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # covers broken JSON and broken UTF-8
+            except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, nested without end
                 raise UserError(f"{place}: malformed JSON: {error}") from None
             check(isinstance(record, dict), f'{place}: a line must hold a JSON object, as in {{"text": ...}}')
             yield place, record
@@ -75,7 +81,9 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Record]:
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{file} row {row}", record
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault; pyarrow's own have no errno
         raise UserError(f"{file}: not a readable Parquet file: {error}") from None
 
 
@@ -94,7 +102,7 @@ def read_txt(file: Path, text_field: str) -> Iterator[Record]:
     try:
         with open(file, encoding="utf-8", newline="") as lines:
             while line := lines.readline(TXT_DOCUMENT):
-                number += 1
+                number += line.endswith("\n")
                 piece.append(line)
                 length += len(line)
                 if length >= 4 * TXT_DOCUMENT or (length >= TXT_DOCUMENT and not line.strip()):

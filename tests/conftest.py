@@ -63,16 +63,21 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+def error_of(done: subprocess.CompletedProcess) -> str:
+    """The one line that a script which ended with exit code 2 wrote to stderr, without its "error: "."""
+    assert done.returncode == 2, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), f"not one line of error:\n{done.stderr}"
+    return lines[0].removeprefix("error: ")
+
+
 @pytest.fixture
 def fails(run_script) -> Callable[..., str]:
     """Runs a script that must end with exit code 2 and one line on stderr; returns that line."""
 
     def run(*args: object, **options) -> str:
-        done = run_script(*args, expect=2, **options)
-        lines = done.stderr.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-        assert "Traceback" not in done.stdout
-        return lines[0]
+        return error_of(run_script(*args, expect=2, **options))
 
     return run
 

@@ -1,0 +1,229 @@
+"""What every script does alike: flags, mistakes in one line, progress, and an output that nobody reads any more."""
+
+import dataclasses
+import errno
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import cli
+from cli import Progress, UserError, check, check_range
+
+SCRIPTS = ("prepare_fineweb", "prepare_dolly", "prepare_sample", "pretrain", "finetune", "generate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block_size: int = 8
+    """How long."""
+
+
+def run(monkeypatch, main, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    cli.run(main, Config, "What it does.")
+
+
+def raising(error: BaseException):
+    def main(config: Config) -> None:
+        raise error
+
+    return main
+
+
+# ---- mistakes become one line --------------------------------------------------------------------------------------
+
+
+def test_flags_become_the_config(monkeypatch):
+    seen = []
+    run(monkeypatch, seen.append, "--block_size", "16")
+    run(monkeypatch, seen.append)
+    assert seen == [Config(16), Config(8)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("two lines\n  become one"), 2, "error: two lines become one"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (PermissionError(errno.EACCES, "Permission denied", "out/a.npy"), 2, "error: out/a.npy: Permission denied"),
+        (OSError(errno.EIO, "Input/output error"), 2, "error: file system: Input/output error"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/a.npy"),
+            2,
+            "error: out/a.npy: No space left on device: free some space and run the same command again",
+        ),
+    ],
+)
+def test_what_a_person_can_put_right_is_one_line(monkeypatch, capsys, error, code, line):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, raising(error))
+    assert end.value.code == code
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), AssertionError(), OSError("no errno")])
+def test_a_bug_keeps_its_traceback(monkeypatch, error):
+    with pytest.raises(type(error)) as raised:
+        run(monkeypatch, raising(error))
+    assert raised.value is error
+
+
+def test_one_process_of_a_machine_speaks_for_all(monkeypatch, capsys):
+    for rank, lines in (("0", "error: no data\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            run(monkeypatch, raising(UserError("no data")))
+        assert end.value.code == 2 and capsys.readouterr().err == lines
+
+
+def test_check():
+    check(True, "never")
+    with pytest.raises(UserError, match=r"^because$"):
+        check(False, "because")
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "rule"),
+    [
+        (0, {"low": 1}, "at least 1"),
+        (0.0, {"low": 0, "open_low": True}, "above 0"),
+        (1.01, {"low": 0, "high": 1}, "at least 0 and at most 1"),
+        (0.6, {"low": 0, "high": 0.5, "open_low": True}, "above 0 and at most 0.5"),
+        (float("nan"), {"low": 0}, "at least 0"),
+        (float("nan"), {"low": 0, "high": 1}, "at least 0 and at most 1"),
+        (float("nan"), {"low": 0, "open_low": True}, "above 0"),
+        (float("-inf"), {"low": 0}, "at least 0"),
+    ],
+)
+def test_values_out_of_range(value, bounds, rule):
+    with pytest.raises(UserError) as error:
+        check_range("lr", value, **bounds)
+    assert str(error.value) == f"--lr is {value}: it must be {rule}"
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds"),
+    [(1, {"low": 1}), (1e-9, {"low": 0, "open_low": True}), (1, {"low": 0, "high": 1}), (1e30, {"low": 0})],
+)
+def test_values_in_range(value, bounds):
+    check_range("lr", value, **bounds)
+
+
+# ---- the scripts' flags --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_flag_with_underscores(run_script, script):
+    done = run_script(f"{script}.py", "--help", env={"COLUMNS": "120"})
+    module = importlib.import_module(script)
+    for flag in dataclasses.fields(module.Config):
+        assert re.search(rf"--(no_)?{flag.name}\b", done.stdout), flag.name
+    assert not re.search(r"--\w+-\w", done.stdout.replace(module.__doc__, ""))
+    assert module.__doc__.strip().split("\n")[0][:60] in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--vall_fraction", "0.1"], ["--shard_tokens", "many"], ["--max_tokens"]])
+def test_a_flag_that_is_mistyped(run_script, tmp_path, arguments):
+    done = run_script("prepare_fineweb.py", *arguments, expect=2)
+    assert arguments[0] in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---- progress ------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until `clock.now` is set; no terminal."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    return Clock
+
+
+def test_a_log_file_gets_few_lines(clock, capsys):
+    progress = Progress(100_000, "step", seconds=10)
+    for step in range(1, 100_001):
+        clock.now += 0.0003  # thirty seconds in all
+        progress.update(1, f"loss {step % 7}")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "step 1/100,000  loss 1  00:29 left"
+    assert lines[-1] == "step 100,000/100,000  loss 5  00:00 left"
+    assert sys.stderr.getvalue() == ""
+
+
+def test_time_left_is_what_the_rest_takes(clock):
+    progress = Progress(1000, "step", initial=200)
+    assert progress.time_left() == ""
+    clock.now += 60
+    progress.update(200)  # and 600 more
+    assert progress.time_left() == "03:00 left"
+    clock.now += 60
+    progress.update(600)
+    assert progress.time_left() == "00:00 left"
+
+
+def test_without_a_total_no_time_is_promised(clock, capsys):
+    progress = Progress(None, "token", seconds=10)
+    clock.now += 11
+    progress.update(5_000, "1.0 M tokens/s")
+    assert progress.time_left() == ""
+    assert capsys.readouterr().out == "token 5,000  1.0 M tokens/s\n"
+
+
+def test_other_processes_are_silent(clock, capsys):
+    progress = Progress(2, "step", enabled=False)
+    progress.update(2)
+    progress.print("a line")
+    progress.close()
+    assert capsys.readouterr().out == "" and sys.stderr.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(2, "step")
+    progress.update(1, "loss 3")
+    progress.print("saved")
+    progress.update(1, "loss 2")
+    progress.close()
+    bar = sys.stderr.getvalue()
+    assert "2/2" in bar and "loss 2" in bar and "\r" in bar
+    assert capsys.readouterr().out == "saved\n"
+
+
+def test_lines_of_their_own_go_to_the_log_too(clock, capsys):
+    Progress(2, "step").print("saved")
+    assert capsys.readouterr().out == "saved\n"
+
+
+# ---- head ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+@pytest.mark.parametrize("arguments", [["prepare_sample.py"], ["prepare_fineweb.py", "--help"]])
+def test_a_reader_that_goes_away_is_no_error(tmp_path, unbuffered, arguments):
+    """As in `prepare_sample.py | head -1`, with a reader that is gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, ROOT / arguments[0], *arguments[1:]]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

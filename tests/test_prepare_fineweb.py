@@ -1,0 +1,220 @@
+"""prepare_fineweb.py as people run it: text files in, shards out."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import error_of
+
+from shards import INCOMPLETE, is_validation
+from tokenizer import load_tokenizer
+
+SCRIPT = "prepare_fineweb.py"
+SPLITS = ("train", "val")
+END_OF_TEXT = load_tokenizer("bytes").end_of_text
+TEXTS = [f"Document {i}: " + "äö 👍 words, <|endoftext|> and more. " * (i % 4) for i in range(40)]
+
+
+def write_jsonl(file: Path, texts: list[str]) -> None:
+    file.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+
+
+@pytest.fixture
+def prepare(run_script, tmp_path):
+    """Run the script on byte tokens, into the folder "out" unless told otherwise."""
+    write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+
+    def run(*files: str, expect: int = 0, **flags):
+        flags = {"tokenizer": "bytes", "out": "out", "val_fraction": 0.2} | flags
+        arguments = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        return run_script(SCRIPT, "--files", *(files or ["texts.jsonl"]), *arguments, expect=expect)
+
+    return run
+
+
+def documents(folder: Path) -> dict[str, list[str]]:
+    """The documents in a dataset folder, as its manifest lists them."""
+    meta = json.loads((folder / "meta.json").read_text())
+    found = {}
+    for split in ("train", "val"):
+        tokens = np.concatenate([np.load(folder / shard["file"]) for shard in meta[split]["files"]])
+        assert tokens.dtype == np.uint16 and tokens[0] == END_OF_TEXT
+        pieces = np.split(tokens, np.flatnonzero(tokens == END_OF_TEXT)[1:])
+        found[split] = [piece[1:].astype(np.uint8).tobytes().decode() for piece in pieces]
+        assert meta[split]["documents"] == len(pieces) and meta[split]["tokens"] == len(tokens)
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def split_by_hand(texts: list[str], fraction: float) -> dict[str, list[str]]:
+    chosen = [is_validation(text.encode(), fraction) for text in texts]
+    return {split: [t for t, val in zip(texts, chosen, strict=True) if val == (split == "val")] for split in SPLITS}
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------------
+
+
+def test_files_of_all_kinds_come_back_as_documents(prepare, tmp_path):
+    (tmp_path / "a.txt").write_text("A text\r\n\r\nof two paragraphs.\n", newline="")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two", "drei ß"]}), tmp_path / "c.parquet")
+    done = prepare("*.txt", "texts.jsonl", "c.parquet", shard_tokens=500)
+    expected = split_by_hand(["A text\r\n\r\nof two paragraphs.\n", *TEXTS, "one", "two", "drei ß"], 0.2)
+    assert documents(tmp_path / "out") == expected
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    names = [shard["file"] for split in SPLITS for shard in meta[split]["files"]]
+    assert sorted(names) == sorted(contents(tmp_path / "out").keys() - {"meta.json"}) and len(names) > 4
+    assert (meta["kind"], meta["tokenizer"], meta["vocab_size"], meta["skipped_empty"]) == ("text", "bytes", 257, 0)
+    assert [source["file"] for source in meta["source"]["files"]] == ["a.txt", "texts.jsonl", "c.parquet"]
+    assert f"train: {meta['train']['tokens']:,} tokens in {len(expected['train'])} documents" in done.stdout
+    assert "next: python pretrain.py --data out" in done.stdout and done.stderr == ""
+
+
+def test_gpt2_tokens_come_back_as_documents(prepare, tmp_path, gpt2_tokenizer):
+    prepare(tokenizer="gpt2")
+    tokens = np.load(tmp_path / "out" / "train_000000.npy")
+    expected = split_by_hand(TEXTS, 0.2)["train"]
+    assert tokens.tolist() == [token for text in expected for token in [50_256, *gpt2_tokenizer.encode(text)]]
+
+
+def test_the_same_input_gives_the_same_bytes(prepare, tmp_path):
+    for out in ("one", "two"):
+        prepare(out=out, shard_tokens=700)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_running_again_changes_nothing(prepare, tmp_path):
+    prepare()
+    before = contents(tmp_path / "out")
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    assert prepare().stdout == "out is already complete.\n"
+    assert contents(tmp_path / "out") == before
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+
+
+def test_an_interrupted_run_is_done_again(prepare, tmp_path):
+    prepare(out="whole", shard_tokens=700)
+    prepare(shard_tokens=700)
+    out = tmp_path / "out"
+    (out / "meta.json").rename(out / INCOMPLETE)
+    (out / "train_000000.npy").write_bytes(b"half")
+    (out / "train_000099.npy").write_bytes(b"of a longer run")
+    (out / "val_000001.npy.tmp").write_bytes(b"half")
+    prepare(shard_tokens=700)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_added_documents_move_none_across(prepare, tmp_path):
+    prepare(out="before")
+    write_jsonl(tmp_path / "more.jsonl", [f"Another {i}" for i in range(40)])
+    prepare("more.jsonl", "texts.jsonl", out="after")
+    before, after = documents(tmp_path / "before"), documents(tmp_path / "after")
+    assert all(set(before[split]) < set(after[split]) for split in SPLITS)
+
+
+def test_val_fraction_decides_how_many(prepare, tmp_path):
+    write_jsonl(tmp_path / "many.jsonl", [f"Document {i}" for i in range(2000)])
+    for fraction in (0.05, 0.5):
+        prepare("many.jsonl", val_fraction=fraction, out=f"out{fraction}")
+        assert len(documents(tmp_path / f"out{fraction}")["val"]) / 2000 == pytest.approx(fraction, rel=0.25)
+
+
+def test_max_tokens_stops_after_the_document_that_reaches_them(prepare, tmp_path):
+    lengths = [len(text.encode()) + 1 for text in TEXTS]
+    for tokens in (sum(lengths[:20]), sum(lengths[:19]) + 1):
+        prepare(max_tokens=tokens, out=f"out{tokens}")
+        assert documents(tmp_path / f"out{tokens}") == split_by_hand(TEXTS[:20], 0.2)
+
+
+def test_empty_documents_are_skipped_and_counted(prepare, tmp_path):
+    write_jsonl(tmp_path / "gaps.jsonl", ["", *TEXTS[:20], " \n\t", *TEXTS[20:], "", "\u3000"])
+    done = prepare("gaps.jsonl")
+    assert documents(tmp_path / "out") == split_by_hand(TEXTS, 0.2)
+    assert "4 empty documents skipped" in done.stdout
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["skipped_empty"] == 4
+
+
+def test_half_a_surrogate_pair_is_no_reason_to_stop(prepare, tmp_path):
+    with (tmp_path / "texts.jsonl").open("a") as file:
+        file.write('{"text": "half \\ud83d a pair"}\n')
+    prepare()
+    found = documents(tmp_path / "out")
+    assert "half \ufffd a pair" in found["train"] + found["val"]
+
+
+def test_another_text_field(prepare, tmp_path):
+    lines = [json.dumps({"body": text, "text": "no"}) for text in TEXTS]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    prepare("b.jsonl", text_field="body")
+    assert documents(tmp_path / "out") == split_by_hand(TEXTS, 0.2)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"text": "fine"}\n{"body": "x", "id": 1}\n', "bad.jsonl line 2: no text in field 'text'; .*: body, id"),
+        ('{"text": null}\n', "bad.jsonl line 1: no text in field 'text'"),
+        ('{"text": ["a"]}\n', "bad.jsonl line 1: no text in field 'text'"),
+        ('{"text": "fine"}\n\n{"text": \n', "bad.jsonl line 3: malformed JSON"),
+        ("", r"no documents: the source holds none that is not empty \(0 empty ones\)"),
+        ('{"text": " "}\n{"text": ""}\n', r"no documents: the source holds none that is not empty \(2 empty ones\)"),
+        ('{"text": "just one"}\n', "none of the 1 documents fell into the val split at --val_fraction 0.2"),
+    ],
+)
+def test_a_source_that_cannot_be_used(prepare, tmp_path, lines, message):
+    (tmp_path / "bad.jsonl").write_text(lines)
+    assert re.match(message, error_of(prepare("bad.jsonl", expect=2)))
+    assert not (tmp_path / "out" / "meta.json").exists()
+    prepare()  # with the right file, the same folder serves
+    assert documents(tmp_path / "out") == split_by_hand(TEXTS, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"val_fraction": 0}, "--val_fraction is 0.0: it must be above 0 and at most 0.5"),
+        ({"val_fraction": 0.6}, "--val_fraction is 0.6: it must be above 0 and at most 0.5"),
+        ({"val_fraction": "nan"}, "--val_fraction is nan: it must be"),
+        ({"shard_tokens": 0}, "--shard_tokens is 0: it must be at least 1"),
+        ({"max_tokens": 0}, "--max_tokens is 0: it must be at least 1"),
+        ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3': choose one of gpt2, bytes"),
+    ],
+)
+def test_a_value_that_cannot_be_used(prepare, tmp_path, flags, message):
+    assert error_of(prepare(expect=2, **flags)).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "*.parquet"])
+def test_files_that_are_missing(prepare, tmp_path, name):
+    assert error_of(prepare(name, expect=2)) == f"--files {name}: no such file"
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_data_in_the_folder_stays(prepare, tmp_path):
+    prepare()
+    before = contents(tmp_path / "out")
+    assert "val_fraction is 0.2, not 0.3" in error_of(prepare(val_fraction=0.3, expect=2))
+    write_jsonl(tmp_path / "texts.jsonl", TEXTS[:-1])
+    assert "out already holds another dataset (source is " in error_of(prepare(expect=2))
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_files_in_the_folder_stay(prepare, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train_000000.npy").write_text("precious")
+    assert error_of(prepare(expect=2)).startswith("out already holds something else")
+    assert contents(tmp_path / "out") == {"train_000000.npy": b"precious"}
+
+
+def test_a_folder_that_cannot_be_made(prepare):
+    assert error_of(prepare(out="texts.jsonl/deeper", expect=2)).startswith("texts.jsonl/deeper: Not a directory")
