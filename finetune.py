@@ -21,7 +21,7 @@ import cli
 from checkpoint import best, run_folder
 from cli import check
 from data import ChatDataset, train_batches, val_batches
-from runs import Log, Run, identity
+from runs import Log, Run
 from training import (
     batch_rows,
     build_optimizer,
@@ -84,15 +84,14 @@ def main(config: Config) -> None:
     if config.steps is not None:
         cli.check_range("steps", config.steps, 1)
     procs = start_processes(config.device, config.dtype)
-    folder = run_folder(config.run)
-    resumed = checkpoint.checkpoints(folder)[-1:]
+    resumed = checkpoint.checkpoints(run_folder(config.run))[-1:]  # then --init is not needed any more
     start = checkpoint.load(str(resumed[0]) if resumed else config.init)
     block_size = start.model.config.block_size
     rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = ChatDataset(config.data, block_size)
     check_tokenizer(config, start, data)
     steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / rows)
-    run = Run(folder, identity(config, data), {"tokenizer": data.tokenizer.name}, config.keep, procs)
+    run = Run(config, data, procs)
 
     model = start.model.adapt(data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 import cli
-from checkpoint import best, run_folder
+from checkpoint import best
 from data import TokenDataset, train_batches, val_batches
 from model import GPT, PRESETS
-from runs import Log, Run, identity
+from runs import Log, Run
 from training import (
     batch_rows,
     build_optimizer,
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     block_size = PRESETS[config.model].block_size
     rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = TokenDataset(config.data, block_size)
-    run = Run(run_folder(config.run), identity(config, data), {"tokenizer": data.tokenizer.name}, config.keep, procs)
+    run = Run(config, data, procs)
 
     torch.manual_seed(config.seed)
     shape = replace(PRESETS[config.model], vocab_size=data.tokenizer.vocab_size, dropout=config.dropout)

@@ -22,27 +22,26 @@ from training import Processes, peak_flops
 HOW = {"data", "run", "micro_batch_size", "val_every", "save_every", "keep", "device", "dtype", "compile"}
 
 
-def identity(config: Any, data: Dataset) -> dict:
-    """What defines a run: the flags that decide its result, and the data."""
-    return {name: value for name, value in asdict(config).items() if name not in HOW} | {"data": data.fingerprint}
-
-
 class Run:
     """A run's folder: its checkpoints, its log, and the promise that what goes on in it is one and the same run.
 
     Args:
-        folder: `runs/NAME`.
-        identity: what defines the run, by name; a run with another value anywhere is another run.
-        meta: what each checkpoint's meta.json says beside that.
-        keep: how many checkpoints stay, the best not counted.
+        config: the script's flags; all but `HOW` define the run, together with the data.
+        data: what it is trained on.
+        procs: who trains.
+
+    Raises:
+        UserError: the folder holds another run, or something else.
     """
 
-    def __init__(self, folder: Path, identity: dict, meta: dict, keep: int, procs: Processes):
-        self.folder, self.identity, self.meta, self.keep, self.procs = folder, identity, meta, keep, procs
-        self.log_file = folder / "log.jsonl"
-        found = checkpoint.checkpoints(folder)
-        held = bool(found) or not folder.exists() or all(_is_ours(item) for item in folder.iterdir())
-        check(held, f"{folder} already holds something else: choose another --run")
+    def __init__(self, config: Any, data: Dataset, procs: Processes):
+        self.folder, self.config, self.procs = checkpoint.run_folder(config.run), config, procs
+        self.tokenizer, self.log_file = data.tokenizer.name, self.folder / "log.jsonl"
+        self.identity = {name: value for name, value in asdict(config).items() if name not in HOW}
+        self.identity["data"] = data.fingerprint
+        found = checkpoint.checkpoints(self.folder)
+        held = bool(found) or not self.folder.exists() or all(_is_ours(item) for item in self.folder.iterdir())
+        check(held, f"{self.folder} already holds something else: choose another --run")
         self.newest = found[-1] if found else None
         if self.newest is not None:
             self._check_same(checkpoint.read_meta(self.newest))
@@ -59,7 +58,7 @@ class Run:
 
     def resume(self, model: GPT, optimizer: torch.optim.Optimizer) -> int:
         """Take up the newest checkpoint, if there is one; returns the number of steps done, 0 at the beginning."""
-        step = 0
+        step = None
         if self.newest is not None:
             meta = checkpoint.read_meta(self.newest)
             model.load_state_dict(checkpoint.load_tensors(self.newest, "model", meta))
@@ -67,8 +66,8 @@ class Run:
             step = meta["step"]
         if self.procs.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._cut_log(step)
-        return step
+            self._cut_log(-1 if step is None else step)
+        return step or 0
 
     def _cut_log(self, step: int) -> None:
         """Drop the log's rows after a step: they will come again."""
@@ -79,16 +78,21 @@ class Run:
         temporary.write_text("".join(row + "\n" for row in rows))
         publish(temporary, self.log_file)
 
-    def save(self, step: int, model: GPT, optimizer: torch.optim.Optimizer, metrics: dict) -> Path:
+    def save(self, step: int, model: GPT, optimizer: torch.optim.Optimizer, metrics: dict) -> None:
         """Write the checkpoint of a step, and delete those that need not stay."""
-        folder = self.folder / f"step_{step:06d}"
         if self.procs.is_main:
-            meta = {"step": step, "identity": self.identity, "metrics": metrics} | self.meta
+            meta = {
+                "step": step,
+                "tokenizer": self.tokenizer,
+                "metrics": metrics,
+                "identity": self.identity,
+                "config": asdict(self.config),
+            }
+            folder = self.folder / f"step_{step:06d}"
             checkpoint.save(folder, model, checkpoint.optimizer_state(model, optimizer), meta)
-            checkpoint.retain(self.folder, self.keep)
+            checkpoint.retain(self.folder, self.config.keep)
         if self.procs.world_size > 1:
             dist.barrier()
-        return folder
 
 
 def _is_ours(item: Path) -> bool:

@@ -35,6 +35,7 @@ def test_checkpoints_are_validated_and_described(pretrained):
         assert meta["metrics"]["val_loss"] == validations[meta["step"]]
         assert meta["tokenizer"] == "bytes" and meta["model"]["vocab_size"] == 257
         assert meta["identity"]["lr"] == 3e-3 and meta["identity"]["data"]
+        assert meta["config"]["micro_batch_size"] == 8 and "micro_batch_size" not in meta["identity"]
 
 
 def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
@@ -64,6 +65,15 @@ def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, dropout):
     timeless = [[{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in read_log(run)]
                 for run in (whole, broken)]  # fmt: skip
     assert timeless[0] == timeless[1]
+
+
+def test_a_crash_before_the_first_checkpoint_starts_anew(run_script, text_data, tmp_path):
+    """No row of the first attempt stays in the log."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 0, "val_loss": 5}\n{"step": 1, "loss": 5}\n{"st')
+    run_script("pretrain.py", "--data", text_data, "--run", "./run", *TRAIN, "--steps", 2)
+    rows = [(row["step"], "val_loss" in row) for row in read_log(tmp_path / "run")]
+    assert rows == [(0, True), (1, False), (2, False), (2, True)]
 
 
 def test_finished_run_has_nothing_to_do(run_script, text_data, pretrained):
