@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-DEMO := runs/demo
 
 .PHONY: demo test lint clean
 
@@ -24,15 +23,15 @@ demo: $(VENV)/installed
 	$(PY) prepare_sample.py --out data/sample
 	$(PY) prepare_fineweb.py --files data/sample/text.jsonl --tokenizer bytes --val_fraction 0.05 --out data/demo
 	$(PY) prepare_dolly.py --files data/sample/chat.jsonl --tokenizer bytes --block_size 256 --out data/demo_chat
-	$(PY) pretrain.py --data data/demo --run demo --model demo --steps 500 --batch_tokens 8192 --lr 3e-3 \
-		--val_every 100 --save_every 250
-	$(PY) finetune.py --init $(DEMO) --data data/demo_chat --run demo_chat --epochs 2 --batch_tokens 8192 \
+	$(PY) pretrain.py --data data/demo --run demo --model demo --steps 1000 --batch_tokens 4096 --lr 4e-3 \
+		--save_every 500
+	$(PY) finetune.py --init runs/demo --data data/demo_chat --run demo_chat --epochs 2 --batch_tokens 4096 \
 		--micro_batch_size 16 --lr 1e-3 --dropout 0
-	@echo; echo "--- the pretrained model goes on from a text"
-	$(PY) generate.py --checkpoint $(DEMO) --prompt "The function returns" --max_tokens 300 --seed 1
-	@echo; echo "--- the finetuned model answers a question"
-	$(PY) generate.py --checkpoint runs/demo_chat --prompt "What does os.path.join do?" --seed 1
-	@echo; echo "talk to it: $(PY) generate.py --checkpoint runs/demo_chat --chat"
+	@echo; echo "--- the pretrained model goes on from a text:"
+	$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 300 --temperature 0.6 --seed 1
+	@echo; echo "--- the finetuned model answers a question:"
+	$(PY) generate.py --checkpoint runs/demo_chat --prompt "What does json.dumps do?" --temperature 0.6 --seed 1
+	@echo; echo "Talk to it: $(PY) generate.py --checkpoint runs/demo_chat --chat"
 
 test: lint
 	$(PY) -m pytest
