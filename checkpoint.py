@@ -80,7 +80,8 @@ def load_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
     check(file.is_file(), f"{folder} is damaged: {file.name} is missing")
     intact = sha256(file) == meta["files"].get(file.name)
     check(
-        intact, f"{file} is damaged or truncated: its checksum is not the one in meta.json; use an earlier checkpoint"
+        intact,
+        f"{file} is damaged or truncated: not the checksum of meta.json; delete {folder} to use the one before it",
     )
     try:
         return load_file(file)
@@ -167,11 +168,7 @@ def load(source: str) -> Loaded:
         folder = best(folder)
     if (folder / "meta.json").is_file():
         meta = read_meta(folder)
-        model, tokenizer = load_weights(folder, meta), load_tokenizer(meta["tokenizer"])
-        chat = model.config.vocab_size == tokenizer.chat_vocab_size
-        known = chat or model.config.vocab_size == tokenizer.vocab_size
-        check(known, f"{folder} has a vocabulary of {model.config.vocab_size}, which is not {tokenizer.name}'s")
-        return Loaded(model, tokenizer, chat, str(folder))
+        return identify(load_weights(folder, meta), load_tokenizer(meta["tokenizer"]), str(folder))
     looks_like_path = folder.is_dir() or source.count("/") > 1 or source.startswith((".", "/", "runs/"))
     check(
         (folder / "config.json").is_file() or not looks_like_path,
@@ -182,7 +179,12 @@ def load(source: str) -> Loaded:
         model = GPT.from_pretrained(folder if folder.is_dir() else source)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
-    tokenizer = load_tokenizer("gpt2")
-    fits = model.config.vocab_size == tokenizer.vocab_size
-    check(fits, f"{source} has a vocabulary of {model.config.vocab_size} tokens, gpt2 has {tokenizer.vocab_size}")
-    return Loaded(model, tokenizer, False, source)
+    return identify(model, load_tokenizer("gpt2"), source)
+
+
+def identify(model: GPT, tokenizer: Tokenizer, source: str) -> Loaded:
+    """Tell from the vocabulary whether a model has learned the chat format.  Raises `UserError` for any other size."""
+    size, text, chat = model.config.vocab_size, tokenizer.vocab_size, tokenizer.chat_vocab_size
+    fits = size in (text, chat)
+    check(fits, f"{source} has a vocabulary of {size} tokens; {tokenizer.name} has {text}, and {chat} for a chat")
+    return Loaded(model, tokenizer, size == chat, source)

@@ -35,6 +35,10 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
     except BrokenPipeError:  # the reader of our output went away, as in `generate.py | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
         sys.exit(0)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that this file need not import torch
+            raise
+        fail("out of GPU memory: halve --micro_batch_size (training) or --num_samples (generation)")
     except OSError as error:  # disk full, no permission, read-only: the machine's state, not a bug in the script
         if error.errno is None:
             raise
@@ -43,9 +47,16 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
 
 
 def fail(message: str, code: int = 2) -> None:
-    """End the process with one line on stderr; under torchrun, with one line per machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """End the process with one line on stderr.
+
+    Under torchrun most mistakes are everybody's, and the first process of each machine speaks for all: the others wait,
+    and speak only if torchrun has not ended them by then.
+    """
+    speaker = ""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(2)
+        speaker = f"process {os.environ.get('RANK')}: "
+    print(f"error: {speaker}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

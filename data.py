@@ -29,9 +29,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            if tensor is None or device.type != "cuda":
-                return tensor if tensor is None else tensor.to(device)
-            return tensor.pin_memory().to(device, non_blocking=True)
+            if tensor is None:
+                return None
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()  # without which the copy would not be asynchronous
+            return tensor.to(device, non_blocking=True)
 
         return Batch(move(self.tokens), move(self.targets), move(self.positions))
 
@@ -70,7 +72,7 @@ class TokenDataset(Dataset):
     def __init__(self, folder: str | Path, block_size: int):
         super().__init__(folder, block_size)
         for array in [array for split in SPLITS for array in self.arrays[split]]:
-            check(array.dtype.kind == "u", f"{folder} holds arrays of {array.dtype}, expected uint16")
+            check(array.dtype == np.uint16, f"{folder} holds arrays of {array.dtype}, expected uint16")
         self.starts = {split: np.cumsum([0, *map(len, self.arrays[split])]) for split in SPLITS}  # of each shard
         self.n_rows = {split: (int(self.starts[split][-1]) - 1) // block_size for split in SPLITS}
         for split, n_rows in self.n_rows.items():

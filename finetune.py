@@ -97,12 +97,12 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
     step = run.resume(model, optimizer)
     trained = parallelize(model, procs, config.compile)
-    log = Log(run, model, step, steps, config.batch_tokens)
     if procs.is_main:
         tell_data(config, data)
         epochs = steps * rows / data.n_rows["train"]
         print(f"run        {run.folder}: {steps:,} steps, {epochs:.2f} epochs, {step:,} steps done")
-        describe(config, start.source, model, procs, rows, log.peak_source)
+        describe(config, start.source, model, procs, rows)
+    log = Log(run, model, step, steps, config.batch_tokens)
 
     def validation_loss() -> float:
         batches = val_batches(data, data.n_rows["val"], config.micro_batch_size, procs.rank, procs.world_size)

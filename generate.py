@@ -10,6 +10,7 @@ always does.
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +80,8 @@ def check_config(config: Config) -> None:
     check(not (config.chat and config.raw), "--chat and --raw exclude each other: a chat needs the chat format")
     cli.check_range("temperature", config.temperature, 0, 100)
     cli.check_range("top_p", config.top_p, 0, 1, open_low=True)
+    if config.seed is not None:
+        cli.check_range("seed", config.seed, 0, 2**63 - 1)
     for name in ("max_tokens", "num_samples", "top_k"):
         if getattr(config, name) is not None:
             cli.check_range(name, getattr(config, name), 1)
@@ -145,7 +148,7 @@ class Writer:
             show(piece + "\n" if alone else f"--- sample {i + 1}\n{echo}{texts[i]}\n")
         return texts[0]
 
-    def tokens(self, prompt: list[int]):
+    def tokens(self, prompt: list[int]) -> Iterator[list[int | None]]:
         """The next token of every sample, until all have ended; None for a sample that has."""
         config, special = self.config, self.loaded.tokenizer.end_of_text  # and the chat tokens behind it
         ended = [False] * config.num_samples
@@ -169,11 +172,11 @@ class Writer:
 def hold_conversation(config: Config, writer: Writer) -> None:
     """Read, answer, and remember, until the input ends (Ctrl-D) or Ctrl-C."""
     messages = messages_before(config)
-    print(f"{writer.loaded.source}: type, and press Enter; Ctrl-D ends the conversation")
+    print(f"{writer.loaded.source}: type, and press Enter; Ctrl-D or Ctrl-C ends the conversation")
     while True:
         try:
             text = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         if text.strip():

@@ -78,7 +78,7 @@ def main(config: Config) -> None:
 
 def check_config(config: Config) -> None:
     cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
-    cli.check_range("shard_tokens", config.shard_tokens, 1)
+    cli.check_range("shard_tokens", config.shard_tokens, 1, 2**31)
     if config.max_tokens is not None:
         cli.check_range("max_tokens", config.max_tokens, 1)
 

@@ -91,12 +91,12 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
     step = run.resume(model, optimizer)
     trained = parallelize(model, procs, config.compile)
-    log = Log(run, model, step, config.steps, config.batch_tokens)
     if procs.is_main:
         epochs = config.steps * rows / data.n_rows["train"]
         print(f"data       {config.data}: {data.n_rows['train']:,} rows of {block_size} {data.tokenizer.name} tokens")
         print(f"run        {run.folder}: {config.steps:,} steps, {epochs:.2f} epochs, {step:,} steps done")
-        describe(config, config.model, model, procs, rows, log.peak_source)
+        describe(config, config.model, model, procs, rows)
+    log = Log(run, model, step, config.steps, config.batch_tokens)
 
     def validation_loss() -> float:
         val_rows = max(1, config.val_tokens // block_size)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,43 @@ from cli import Progress, check
 from data import Dataset
 from files import publish
 from model import GPT
-from training import Processes, peak_flops
+from training import Processes
+
+# Dense bf16 matrix products per second as the makers' data sheets give them, by a part of the GPU's name.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(procs: Processes) -> tuple[float, str]:
+    """The operations per second that 100 % MFU means here, and whose word that is: a data sheet's or a measurement's.
+
+    Measured is a square matrix product in the training precision, the best of several.
+    """
+    if procs.device.type == "cuda" and procs.dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(procs.device)
+        for part, flops in PEAK_FLOPS.items():
+            if re.search(rf"\b{part}\b", name):
+                return flops, f"{name}, data sheet"
+    n = 8192 if procs.device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=procs.device, dtype=procs.dtype)
+    fastest = math.inf
+    for _ in range(8):
+        procs.synchronize()
+        started = time.perf_counter()
+        torch.mm(a, a)
+        procs.synchronize()
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * n**3 / fastest, f"{procs.device.type}, measured"
+
 
 # How a run is computed and kept, as against what it computes: these flags may change when it is resumed.
 HOW = {"data", "run", "micro_batch_size", "val_every", "save_every", "keep", "device", "dtype", "compile"}
@@ -44,12 +81,11 @@ class Run:
         check(held, f"{self.folder} already holds something else: choose another --run")
         self.newest = found[-1] if found else None
         if self.newest is not None:
-            self._check_same(checkpoint.read_meta(self.newest))
+            self._check_same(checkpoint.read_meta(self.newest).get("identity", {}), self.identity)
 
-    def _check_same(self, meta: dict) -> None:
-        held = meta.get("identity", {})
-        names = [name for name in {**held, **self.identity} if held.get(name) != self.identity.get(name)]
-        changes = ", ".join(f"{name} was {held.get(name)} and is now {self.identity.get(name)}" for name in names)
+    def _check_same(self, held: dict, now: dict) -> None:
+        names = [name for name in {**held, **now} if held.get(name) != now.get(name)]
+        changes = ", ".join(f"{name} was {held.get(name)} and is now {now.get(name)}" for name in names)
         check(
             not names,
             f"{self.folder} holds a run that is not this one: {changes}; use the old values to go on with"
@@ -57,13 +93,21 @@ class Run:
         )
 
     def resume(self, model: GPT, optimizer: torch.optim.Optimizer) -> int:
-        """Take up the newest checkpoint, if there is one; returns the number of steps done, 0 at the beginning."""
+        """Take up the newest checkpoint, if there is one; returns the number of steps done, 0 at the beginning.
+
+        Raises `UserError` where the checkpoint is damaged or of another shape, or not the same for all processes.
+        """
         step = None
         if self.newest is not None:
             meta = checkpoint.read_meta(self.newest)
+            self._check_same(meta["model"], asdict(model.config))
             model.load_state_dict(checkpoint.load_tensors(self.newest, "model", meta))
             checkpoint.load_optimizer_state(self.newest, meta, model, optimizer)
             step = meta["step"]
+        check(
+            self.procs.agree(-1 if step is None else step),
+            f"the processes see different checkpoints in {self.folder}: it must be one folder for all machines",
+        )
         if self.procs.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._cut_log(-1 if step is None else step)
@@ -121,9 +165,10 @@ class Log:
 
     def __init__(self, run: Run, model: GPT, step: int, steps: int, batch_tokens: int):
         self.file, self.procs, self.batch_tokens = run.log_file, run.procs, batch_tokens
-        flops, self.peak_source = peak_flops(self.procs)
+        flops, source = peak_flops(self.procs)
         self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
         self.progress = Progress(steps, "step", initial=step, enabled=self.procs.is_main)
+        self.progress.print(f"100 % MFU  {flops / 1e12:,.2f} TFLOP/s for each process ({source})")
 
     def step(self, step: int, metrics: dict[str, Tensor], lr: float, started: float) -> None:
         """Tell of a training step that began when `time.perf_counter()` was `started`."""

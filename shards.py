@@ -44,6 +44,8 @@ def open_output(folder: Path, description: dict) -> bool:
         return False
     if folder.exists() and any(item.name != f"{INCOMPLETE}.tmp" for item in folder.iterdir()):
         check((folder / INCOMPLETE).exists(), f"{folder} already holds something else: choose another --out")
+        mine = read_json(folder / INCOMPLETE) == description or not any(folder.glob("*.npy"))
+        check(mine, f"{folder} was half-written by another command: choose another --out or delete it")
         for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
             file.unlink()
     folder.mkdir(parents=True, exist_ok=True)

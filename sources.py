@@ -5,6 +5,7 @@ Every source is an iterator of (place, record): a dict, and the words that name 
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,10 +27,11 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         check(bool(found), f"--files {pattern}: no such file")
         files += map(Path, found)
+    times = Counter(files)
     for file in files:
         check(file.is_file(), f"--files {file}: not a file; name the files in it, as in '{file}/*.jsonl'")
         check(file.suffix in suffixes, f"--files {file}: a file must end in {' or '.join(suffixes)}")
-        check(files.count(file) == 1, f"--files {file}: named more than once")
+        check(times[file] == 1, f"--files {file}: named more than once")
     return files
 
 
@@ -143,7 +145,9 @@ def read_stream(label: str, stream) -> Iterator[Record]:
         except StopIteration:
             return
         except Exception as error:
-            raise UserError(f"dataset {label} broke off after row {row:,}: {first_line(error)}; run it again") from None
+            raise UserError(
+                f"dataset {label} broke off after row {row:,}: {first_line(error)}; start it anew"
+            ) from None
         row += 1
         yield f"{label} row {row}", record
 

@@ -69,8 +69,9 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]] | None:
         """The tokens of a conversation, and which of them the assistant learns to say.
 
-        Too long a conversation loses its oldest exchanges first (the system message stays), then the end of its last
-        user message, where a question's context stands; never a part of the answer.
+        Too long a conversation loses its oldest exchanges first (the system message stays), never a part of the last
+        answer.  Of its last user message then goes the end, where Dolly's questions have their context; before a reply
+        it is the beginning, as a person asks last.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text} each.
@@ -95,7 +96,8 @@ class Tokenizer:
             question = turns[roles.index("user", first)]
             cut = min(excess(), len(question) - 3)  # the role, one token and the end of the turn stay
             if cut > 0:
-                del question[-1 - cut : -1]
+                begin = 1 if reply else len(question) - 1 - cut
+                del question[begin : begin + cut]
         if excess() > 0:
             return None
         tokens, learned = [self.end_of_text], [False]

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cli import check, check_range
+from cli import UserError, check, check_range
 from data import Batch
 from model import GPT, IGNORE
 
@@ -51,10 +50,15 @@ class Processes:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def agree(self, number: int) -> bool:
+        """Whether all processes have the same number."""
+        total = self.sum(torch.tensor([number, number**2], device=self.device))
+        return bool(total[0] ** 2 == self.world_size * total[1])  # equality in Cauchy-Schwarz
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock can be read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def close(self) -> None:
         """Leave the other processes."""
@@ -62,15 +66,23 @@ class Processes:
             dist.destroy_process_group()
 
 
-def find_device(device: str | None) -> torch.device:
-    """The device of that name, or the best that this machine has.  Raises `UserError` where it has none such."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def find_device(device: str | None, local_rank: int = 0) -> torch.device:
+    """The device of that name, or the best that this machine has; of several GPUs each process takes its own.
+
+    Raises `UserError` where the machine has no such device.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    wrong = f"--device {name}: this machine has no such device; leave it out to use the best there is"
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError):  # torch built without CUDA raises the latter
-        check(False, f"--device {device}: this machine has no such device; leave it out to use the best there is")
+        found = torch.device(name)
+    except RuntimeError:
+        raise UserError(wrong) from None
+    gpus = torch.cuda.device_count()
+    there = {"cuda": (found.index or 0) < gpus, "mps": torch.backends.mps.is_available(), "cpu": True}
+    check(there.get(found.type, False), wrong)
+    if found.type == "cuda" and found.index is None:
+        check(local_rank < gpus, f"there are more processes than GPUs: start torchrun with --nproc_per_node={gpus}")
+        found = torch.device("cuda", local_rank)
     return found
 
 
@@ -85,16 +97,14 @@ def find_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 def start_processes(device: str | None, dtype: str | None) -> Processes:
     """Meet the other processes that `torchrun` started, if it did: over nccl on GPUs, over gloo elsewhere."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    found = find_device(device)
-    if found.type == "cuda" and found.index is None:
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        gpus = torch.cuda.device_count()
-        check(local_rank < gpus, f"there are more processes than GPUs: start torchrun with --nproc_per_node={gpus}")
-        found = torch.device("cuda", local_rank)
+    found = find_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    one_each = world_size == 1 or not (device or "").startswith("cuda:")
+    check(one_each, f"--device {device} gives all processes the same GPU: use --device cuda")
     if found.type == "cuda":
         torch.cuda.set_device(found)
     if world_size > 1:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+        on_gpu = found.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=found if on_gpu else None)
     return Processes(rank, world_size, found, find_dtype(dtype, found))
 
 
@@ -131,10 +141,10 @@ def check_training(config: Any) -> None:
     check_range("weight_decay", config.weight_decay, 0)
     check_range("grad_clip", config.grad_clip, 0, open_low=True)
     check_range("dropout", config.dropout, 0, 0.9)
-    check_range("seed", config.seed, 0)
+    check_range("seed", config.seed, 0, 2**63 - 1)
 
 
-def describe(config: Any, name: str, model: GPT, procs: Processes, rows: int, peak_source: str) -> None:
+def describe(config: Any, name: str, model: GPT, procs: Processes, rows: int) -> None:
     """Print the model and the arithmetic of the batch before the first step."""
     block_size = model.config.block_size
     precision = str(procs.dtype).removeprefix("torch.")
@@ -146,42 +156,6 @@ def describe(config: Any, name: str, model: GPT, procs: Processes, rows: int, pe
         f"batch      {config.batch_tokens:,} tokens a step = {config.micro_batch_size} rows x {block_size} tokens x"
         f" {procs.world_size} processes x {rows // (config.micro_batch_size * procs.world_size)} micro-batches"
     )
-    print(f"100 % MFU  {peak_source}", flush=True)
-
-
-# Dense bf16 matrix products per second as the makers' data sheets give them, by a part of the GPU's name.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
-def peak_flops(procs: Processes) -> tuple[float, str]:
-    """The operations per second that 100 % MFU means here, and whose word that is: a data sheet's or a measurement's.
-
-    Measured is a square matrix product in the training precision, the best of several.
-    """
-    if procs.device.type == "cuda" and procs.dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(procs.device)
-        for part, flops in PEAK_FLOPS.items():
-            if part in name:
-                return flops, f"{name}, data sheet"
-    n = 8192 if procs.device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=procs.device, dtype=procs.dtype)
-    fastest = math.inf
-    for _ in range(8):
-        procs.synchronize()
-        started = time.perf_counter()
-        a @ a
-        procs.synchronize()
-        fastest = min(fastest, time.perf_counter() - started)
-    return 2 * n**3 / fastest, f"{procs.device.type}, measured"
 
 
 # ---- one step ------------------------------------------------------------------------------------------------------
@@ -253,7 +227,8 @@ def validate(model: nn.Module, batches: Iterable[Batch], procs: Processes) -> fl
         batch = batch.to(procs.device)
         with procs.autocast():
             loss = model(batch.tokens, batch.targets, batch.positions)
-        total += torch.tensor([loss.item(), (batch.targets != IGNORE).sum().item()])
+        learned = (batch.targets != IGNORE).sum()
+        total += torch.tensor([loss.item(), learned.item()], dtype=torch.float64)
     model.train()
     loss_sum, learned = procs.sum(total.to(procs.device) if procs.world_size > 1 else total).tolist()
     return loss_sum / learned

@@ -75,11 +75,23 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
 
 
 def test_one_process_of_a_machine_speaks_for_all(monkeypatch, capsys):
-    for rank, lines in (("0", "error: no data\n"), ("1", "")):
+    """The others give it time, and then speak under their own number: the mistake may be theirs alone."""
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "9")
+    for rank, lines in (("0", "error: no data\n"), ("1", "error: process 9: no data\n")):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
             run(monkeypatch, raising(UserError("no data")))
         assert end.value.code == 2 and capsys.readouterr().err == lines
+    assert waited == [2]
+
+
+def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB")))
+    assert end.value.code == 2 and "halve --micro_batch_size" in capsys.readouterr().err
 
 
 def test_check():

@@ -7,6 +7,7 @@ import torch
 from conftest import start
 
 import checkpoint
+from generate import Config, answer_prompt, message
 from model import GPT, GPTConfig
 
 GREEDY = ("--temperature", 0, "--max_tokens", 20)
@@ -78,7 +79,17 @@ def test_goes_on_past_the_context(run_script, pretrained):
     assert "warning: the prompt has 109 tokens, the context 64" in done.stderr
 
 
-def test_long_question_keeps_the_newest(run_script, finetuned):
+def test_long_question_keeps_its_end(finetuned):
+    """A person pastes a document and asks last: what goes is the beginning."""
+    loaded = checkpoint.load(str(finetuned))
+    question = "Read this first. " * 20 + "How many?"
+    tokens = answer_prompt(Config(), loaded, [message("user", question)])
+    text = loaded.tokenizer.decode(tokens)
+    assert text.endswith("How many?<|end|><|assistant|>") and text.startswith("<|endoftext|><|user|>")
+    assert len(tokens) == 64 - 16  # a quarter of the context is kept for the answer
+
+
+def test_long_question_is_answered_with_a_warning(run_script, finetuned):
     done = run_script("generate.py", "--checkpoint", finetuned, "--prompt", "After 7? " * 20, *GREEDY)
     assert "its oldest part is left out" in done.stderr and done.stdout
 
@@ -103,6 +114,8 @@ def test_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
         (("--prompt", "a", "--top_p", 0), "--top_p is 0.0: it must be above 0 and at most 1"),
         (("--prompt", "a", "--top_p", 1.1), "--top_p is 1.1"),
         (("--prompt", "a", "--top_k", 0), "--top_k is 0"),
+        (("--prompt", "a", "--seed", 10**20), "--seed is 100000000000000000000"),
+        (("--prompt", "a", "--device", "meta"), "--device meta: this machine has no such device"),
         (("--prompt", "a", "--num_samples", 0), "--num_samples is 0"),
         (("--prompt", "a", "--max_tokens", 0), "--max_tokens is 0"),
         (("--prompt", "a", "--chat"), "exclude each other"),

@@ -7,8 +7,8 @@ import torch
 from conftest import TRAIN, TUNE, read_log
 
 import checkpoint
-from model import PRESETS
-from training import Processes, find_dtype, peak_flops
+from runs import peak_flops
+from training import Processes, find_dtype
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,4 +41,3 @@ def test_peak_comes_from_the_data_sheet_or_a_measurement():
     procs = Processes(0, 1, device, find_dtype(None, device))
     flops, source = peak_flops(procs)
     assert 1e12 < flops < 1e16 and ("data sheet" in source or "measured" in source)
-    assert PRESETS["gpt2"].padded_vocab_size == 50_304

@@ -131,9 +131,22 @@ def test_what_an_interrupted_run_left_is_removed(tmp_path):
     (folder / "meta.json").rename(folder / INCOMPLETE)
     for name in ("train_000007.npy", "val_000000.npy.tmp"):
         (folder / name).write_bytes(b"half")
-    assert open_output(folder, DESCRIPTION | {"tokenizer": "gpt2"})
+    (folder / INCOMPLETE).write_text(json.dumps(DESCRIPTION))
+    assert open_output(folder, DESCRIPTION)
     assert [file.name for file in folder.iterdir()] == [INCOMPLETE]
+    assert open_output(folder, DESCRIPTION | {"tokenizer": "gpt2"})  # nothing is lost: no shard was finished
     assert json.loads((folder / INCOMPLETE).read_text())["tokenizer"] == "gpt2"
+
+
+def test_what_another_command_left_half_written_stays(tmp_path):
+    """Its shards may be hours of work, or still growing."""
+    folder = make_dataset(tmp_path / "data")
+    (folder / "meta.json").unlink()
+    (folder / INCOMPLETE).write_text(json.dumps(DESCRIPTION | {"tokenizer": "gpt2"}))
+    before = contents(folder)
+    with pytest.raises(UserError, match="half-written by another command"):
+        open_output(folder, DESCRIPTION)
+    assert contents(folder) == before
 
 
 def test_interrupted_after_the_manifest_is_complete(tmp_path):

@@ -18,7 +18,6 @@ from training import (
     find_device,
     find_dtype,
     lr_at,
-    peak_flops,
     seed_step,
     train_step,
     validate,
@@ -108,7 +107,7 @@ def test_schedule():
     assert rates[:10] == pytest.approx([1e-4 * (i + 1) for i in range(10)])
     assert max(rates) == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
     assert rates[55] == pytest.approx(0.55e-3)  # half of the way down: the mean of 1 and 0.1
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(1e-4, rel=0.01)
     assert lr_at(0, 1, 1e-3, 0.0) == 1e-3
 
@@ -131,11 +130,6 @@ def test_device_and_precision():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no such device"):
             find_device("cuda")
-
-
-def test_peak_is_measured_on_cpu():
-    flops, source = peak_flops(ALONE)
-    assert 1e9 < flops < 1e14 and source == "cpu, measured"
 
 
 def test_autocast_changes_the_precision_of_products_only():
