@@ -36,18 +36,24 @@ def open_output(folder: Path, description: dict) -> bool:
 
     What an interrupted run left is removed.  Raises `UserError` where the folder holds anything else.
     """
-    if (folder / "meta.json").exists():
-        held = read_json(folder / "meta.json")
+    complete = (folder / "meta.json").exists()
+    if complete or (folder / INCOMPLETE).exists():
+        held = read_json(folder / ("meta.json" if complete else INCOMPLETE))
         changed = [key for key in description if held.get(key) != description[key]]
         differences = "; ".join(f"{key} is {held.get(key)}, not {description[key]}" for key in changed)
-        check(not changed, f"{folder} already holds another dataset ({differences}): choose another --out or delete it")
-        return False
-    if folder.exists() and any(item.name != f"{INCOMPLETE}.tmp" for item in folder.iterdir()):
-        check((folder / INCOMPLETE).exists(), f"{folder} already holds something else: choose another --out")
-        mine = read_json(folder / INCOMPLETE) == description or not any(folder.glob("*.npy"))
-        check(mine, f"{folder} was half-written by another command: choose another --out or delete it")
-        for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
-            file.unlink()
+        check(
+            not changed or not any(folder.glob("*.npy")),  # without a finished array there is nothing to lose
+            f"{folder} already holds another{'' if complete else ', half-written'} dataset ({differences}):"
+            " choose another --out or delete it",
+        )
+        if complete and not changed:
+            return False
+    elif folder.exists():
+        foreign = any(item.name != f"{INCOMPLETE}.tmp" for item in folder.iterdir())
+        check(not foreign, f"{folder} already holds something else: choose another --out")
+    for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
+        file.unlink()
+    (folder / "meta.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INCOMPLETE, description)
     return True

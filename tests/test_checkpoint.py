@@ -431,7 +431,10 @@ def test_the_vocabulary_tells_a_chat_model(run):
 
 @pytest.mark.parametrize(
     ("meta", "named"),
-    [({}, "has a vocabulary of 99, which is not bytes's"), ({"tokenizer": "morse"}, "no tokenizer 'morse'")],
+    [
+        ({}, "has a vocabulary of 99 tokens; bytes has 257, and 261 for a chat"),
+        ({"tokenizer": "morse"}, "no tokenizer 'morse'"),
+    ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(run, meta, named):
     save(run / "step_000001", tiny_model(vocab_size=99), **meta)
@@ -465,7 +468,7 @@ def test_a_hugging_face_folder_is_loaded(tmp_path, gpt2_tokenizer):
 def test_a_hugging_face_folder_of_another_vocabulary_is_refused(tmp_path, gpt2_tokenizer):
     tiny_model(vocab_size=99).save_pretrained(tmp_path / "hf")
     message = refused(checkpoint.load, str(tmp_path / "hf"))
-    assert "has a vocabulary of 99 tokens, gpt2 has 50257" in message
+    assert "has a vocabulary of 99 tokens; gpt2 has 50257, and 50261 for a chat" in message
 
 
 def test_a_damaged_hugging_face_folder_is_refused(tmp_path):

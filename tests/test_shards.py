@@ -144,7 +144,7 @@ def test_what_another_command_left_half_written_stays(tmp_path):
     (folder / "meta.json").unlink()
     (folder / INCOMPLETE).write_text(json.dumps(DESCRIPTION | {"tokenizer": "gpt2"}))
     before = contents(folder)
-    with pytest.raises(UserError, match="half-written by another command"):
+    with pytest.raises(UserError, match="another, half-written dataset"):
         open_output(folder, DESCRIPTION)
     assert contents(folder) == before
 

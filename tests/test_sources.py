@@ -228,7 +228,7 @@ def test_a_stream_that_breaks_off_says_where():
     assert [next(found)[0], next(found)[0]] == ["some/one row 1", "some/one row 2"]
     with pytest.raises(UserError) as error:
         next(found)
-    assert str(error.value) == "dataset some/one broke off after row 2: reset by peer; run it again"
+    assert str(error.value) == "dataset some/one broke off after row 2: reset by peer; start it anew"
 
 
 def test_an_error_without_words_is_named_by_its_class():
@@ -236,7 +236,7 @@ def test_an_error_without_words_is_named_by_its_class():
         raise TimeoutError
         yield
 
-    with pytest.raises(UserError, match="broke off after row 0: TimeoutError; run it again"):
+    with pytest.raises(UserError, match="broke off after row 0: TimeoutError; start it anew"):
         next(read_stream("some/one", stream()))
 
 
