@@ -9,6 +9,7 @@ tensors alone, so that nothing in a checkpoint that someone else made can run.
 """
 
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,15 +75,16 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
+def check_file(file: Path, meta: dict) -> None:
+    """Compare a file with its checksum.  Raises `UserError` where it is missing or damaged."""
+    check(file.is_file(), f"{file.parent} is damaged: {file.name} is missing")
+    check(sha256(file) == meta["files"].get(file.name), f"{file} is damaged or truncated: its checksum is wrong")
+
+
 def load_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
     """The tensors of one of a checkpoint's files, checksum verified first.  Raises `UserError` where it is damaged."""
     file = folder / f"{name}.safetensors"
-    check(file.is_file(), f"{folder} is damaged: {file.name} is missing")
-    intact = sha256(file) == meta["files"].get(file.name)
-    check(
-        intact,
-        f"{file} is damaged or truncated: not the checksum of meta.json; delete {folder} to use the one before it",
-    )
+    check_file(file, meta)
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -92,10 +94,13 @@ def load_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
 def load_weights(folder: Path, meta: dict) -> GPT:
     """The model of a checkpoint.  Raises `UserError` where its files are damaged or do not fit each other."""
     try:
+        config = GPTConfig(**meta["model"])
+        size = (folder / "model.safetensors").stat().st_size
+        check(size >= 4 * config.num_parameters, f"{folder} is damaged: model.safetensors is too small for its model")
         with torch.device("meta"):
-            model = GPT(GPTConfig(**meta["model"]))
+            model = GPT(config)
         model.load_state_dict(load_tensors(folder, "model", meta), assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged: {' '.join(str(error).split())}") from None
     return model
 
@@ -128,23 +133,57 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
+def verify(folder: Path) -> None:
+    """Compare all of a checkpoint's files with their checksums.  Raises `UserError` where one is damaged."""
+    meta = read_meta(folder)
+    for name in ("model", "train_state"):
+        check_file(folder / f"{name}.safetensors", meta)
+
+
+def newest_whole(run: Path, tell: bool = False) -> Path | None:
+    """The newest checkpoint of a run that is not damaged; None where there is none.  `tell` warns of those that are.
+
+    Raises `UserError` where there are checkpoints and all are damaged.
+    """
+    found = checkpoints(run)
+    for folder in reversed(found):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            if tell:
+                print(f"warning: {error}; going on from an earlier checkpoint", file=sys.stderr)
+    check(not found, f"all checkpoints of {run} are damaged: delete them to start anew, or choose another --run")
+    return None
+
+
 def best(run: Path) -> Path:
     """The checkpoint of a run with the lowest validation loss; the newest of equals.  The run has at least one."""
 
     def loss(folder: Path) -> float:
-        value = read_meta(folder)["metrics"].get("val_loss")
+        try:
+            value = read_meta(folder)["metrics"].get("val_loss")
+        except UserError:  # damaged, which is for those to say who want to use it
+            return float("inf")
         return value if isinstance(value, (int, float)) and value == value else float("inf")  # NaN is never the best
 
     return min(reversed(checkpoints(run)), key=loss)
 
 
 def retain(run: Path, keep: int) -> None:
-    """Delete a run's checkpoints except the newest `keep` and the best."""
+    """Delete a run's checkpoints except the newest `keep` and the best, and what crashes have left."""
     found = checkpoints(run)
     for folder in set(found[:-keep]) - {best(run)}:
-        doomed = folder.with_name(folder.name + ".tmp")  # renamed first: half a deletion must not look whole
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        discard(folder)
+    for leftover in run.glob("step_*.tmp"):  # of a write or a deletion that a crash cut short
+        shutil.rmtree(leftover)
+
+
+def discard(folder: Path) -> None:
+    """Take a checkpoint out of the run, to be deleted by `retain`: renamed, as half a deletion must not look whole."""
+    doomed = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
 
 
 @dataclass(frozen=True)

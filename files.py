@@ -1,5 +1,7 @@
-"""Files on disk that are whole or absent: written beside their place, flushed, renamed; described by checksums."""
+"""Files on disk that are whole or absent: written beside their place, flushed, renamed; described by checksums; and the
+lock that keeps a folder for one process."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -45,8 +47,23 @@ def read_json(path: Path) -> dict:
     """Read a JSON object.  Raises `UserError` where the file is damaged."""
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:  # covers broken JSON and broken UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, nested without end
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return value
+
+
+def lock(folder: Path) -> int:
+    """Keep a folder for this process until it ends, however it ends: the kernel frees what a dead process held.
+
+    Returns an open file descriptor, which holds the lock.  Raises `UserError` where another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{folder} is in use by another process: wait for it, or choose another folder") from None
+    return handle

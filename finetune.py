@@ -74,6 +74,10 @@ class Config:
     """cuda, mps or cpu; None takes the best there is."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the matrix products; None takes bfloat16 where a GPU has it."""
+    deterministic: bool = False
+    """Only GPU kernels that give the same bits each time: slower, and resumed runs equal uninterrupted ones exactly."""
+    max_minutes: float | None = None
+    """Save and stop after so long, with exit code 75; the same command goes on."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """Compile the model; the first step then takes about a minute."""
 
@@ -83,9 +87,9 @@ def main(config: Config) -> None:
     cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
     if config.steps is not None:
         cli.check_range("steps", config.steps, 1)
-    procs = start_processes(config.device, config.dtype)
-    resumed = checkpoint.checkpoints(run_folder(config.run))[-1:]  # then --init is not needed any more
-    start = checkpoint.load(str(resumed[0]) if resumed else config.init)
+    procs = start_processes(config.device, config.dtype, config.deterministic)
+    resumed = checkpoint.newest_whole(run_folder(config.run))  # then --init is not needed any more
+    start = checkpoint.load(str(resumed or config.init))
     block_size = start.model.config.block_size
     rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = ChatDataset(config.data, block_size)
@@ -110,7 +114,7 @@ def main(config: Config) -> None:
 
     if step == 0:
         log.validation(step, validation_loss())
-    while step < steps:
+    while not run.stop_requested() and step < steps:
         started = time.perf_counter()
         batches = train_batches(data, step, config.seed, rows, config.micro_batch_size, procs.rank, procs.world_size)
         lr = lr_at(step, steps, config.lr, config.warmup_fraction)
@@ -125,6 +129,8 @@ def main(config: Config) -> None:
         if save:
             run.save(step, model, optimizer, {"val_loss": val_loss})
     log.close()
+    if step < steps:
+        run.stop(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
         print(f"next: python generate.py --checkpoint {run.folder} --chat")

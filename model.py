@@ -46,6 +46,13 @@ class GPTConfig:
         """Rows of the embedding matrix: 50,304 for 50,257 tokens.  The padding is neither sampled nor exported."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters, the embedding's padding left out: 124,439,808 for GPT-2."""
+        C = self.n_embd
+        block = 12 * C * C + 13 * C  # four matrices and their biases, two norms
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
 
 PRESETS = {
     "tiny": GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32),  # for tests
@@ -216,11 +223,6 @@ class GPT(nn.Module):
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
-    def num_parameters(self) -> int:
-        """The number of parameters, the embedding's padding left out: 124,439,808 for GPT-2."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
-
     def flops_per_token(self, T: int | None = None) -> int:
         """Floating-point operations of one training step per token of a T-token row: 6 N + 12 L C T.
 
@@ -259,6 +261,8 @@ class GPT(nn.Module):
         config_file, weights_file = _pretrained_files(source)
         try:
             config = _config_from_hf(json.loads(config_file.read_text()))
+            if weights_file.stat().st_size < 2 * config.num_parameters:  # before memory is taken on the file's word
+                raise ValueError(f"{weights_file.name} is too small for the model of {config_file.name}")
             model = cls(config)
             model.load_state_dict(_weights_from_hf(model, weights_file))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

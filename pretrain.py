@@ -71,6 +71,10 @@ class Config:
     """cuda, mps or cpu; None takes the best there is."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the matrix products; None takes bfloat16 where a GPU has it."""
+    deterministic: bool = False
+    """Only GPU kernels that give the same bits each time: slower, and resumed runs equal uninterrupted ones exactly."""
+    max_minutes: float | None = None
+    """Save and stop after so long, with exit code 75; the same command goes on."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """Compile the model; the first step then takes about a minute."""
 
@@ -79,7 +83,7 @@ def main(config: Config) -> None:
     check_training(config)
     cli.check_range("steps", config.steps, 1)
     cli.check_range("val_tokens", config.val_tokens, 1)
-    procs = start_processes(config.device, config.dtype)
+    procs = start_processes(config.device, config.dtype, config.deterministic)
     block_size = PRESETS[config.model].block_size
     rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = TokenDataset(config.data, block_size)
@@ -105,7 +109,7 @@ def main(config: Config) -> None:
 
     if step == 0:
         log.validation(step, validation_loss())
-    while step < config.steps:
+    while not run.stop_requested() and step < config.steps:
         started = time.perf_counter()
         batches = train_batches(data, step, config.seed, rows, config.micro_batch_size, procs.rank, procs.world_size)
         lr = lr_at(step, config.steps, config.lr, config.warmup_fraction)
@@ -120,6 +124,8 @@ def main(config: Config) -> None:
         if save:
             run.save(step, model, optimizer, {"val_loss": val_loss})
     log.close()
+    if step < config.steps:
+        run.stop(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
         print(f"next: python generate.py --checkpoint {run.folder} --prompt 'Once upon a time'")

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import checkpoint
-from cli import Progress, check
+from cli import Progress, UserError, check
 from data import Dataset
-from files import publish
+from files import lock, publish
 from model import GPT
 from training import Processes
 
@@ -56,7 +59,12 @@ def peak_flops(procs: Processes) -> tuple[float, str]:
 
 
 # How a run is computed and kept, as against what it computes: these flags may change when it is resumed.
-HOW = {"data", "run", "micro_batch_size", "val_every", "save_every", "keep", "device", "dtype", "compile"}
+HOW = {
+    *("data", "run", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes"),
+    *("device", "dtype", "compile", "deterministic"),
+}
+STOPPED = 75  # exit code: stopped on request and saved, to go on later (EX_TEMPFAIL of sysexits.h)
+MAX_SKIPPED = 5  # steps in a row whose loss or gradient is not finite, after which going on is pointless
 
 
 class Run:
@@ -76,10 +84,15 @@ class Run:
         self.tokenizer, self.log_file = data.tokenizer.name, self.folder / "log.jsonl"
         self.identity = {name: value for name, value in asdict(config).items() if name not in HOW}
         self.identity["data"] = data.fingerprint
-        found = checkpoint.checkpoints(self.folder)
-        held = bool(found) or not self.folder.exists() or all(_is_ours(item) for item in self.folder.iterdir())
-        check(held, f"{self.folder} already holds something else: choose another --run")
-        self.newest = found[-1] if found else None
+        known = checkpoint.checkpoints(self.folder) or not self.folder.exists()
+        ours = known or all(_is_ours(item) for item in self.folder.iterdir())
+        check(ours, f"{self.folder} already holds something else: choose another --run")
+        if procs.is_main:
+            self.lock = lock(self.folder)
+        self.newest = checkpoint.newest_whole(self.folder, tell=procs.is_main)
+        self.stop_reason, self.started = "", time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
         if self.newest is not None:
             self._check_same(checkpoint.read_meta(self.newest).get("identity", {}), self.identity)
 
@@ -109,7 +122,9 @@ class Run:
             f"the processes see different checkpoints in {self.folder}: it must be one folder for all machines",
         )
         if self.procs.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            found = checkpoint.checkpoints(self.folder)
+            for folder in found[found.index(self.newest) + 1 :] if self.newest else []:
+                checkpoint.discard(folder)  # damaged, and in the way of those to come
             self._cut_log(-1 if step is None else step)
         return step or 0
 
@@ -138,9 +153,34 @@ class Run:
         if self.procs.world_size > 1:
             dist.barrier()
 
+    def _on_signal(self, number: int, frame: Any) -> None:
+        # torchrun passes on a Ctrl-C that all processes have had from the terminal: within a second it is the same one.
+        if number == signal.SIGINT and self.stop_reason and time.monotonic() - self.signalled > 1:
+            os._exit(130)
+        if not self.stop_reason:
+            self.stop_reason, self.signalled = signal.Signals(number).name, time.monotonic()
+
+    def stop_requested(self) -> bool:
+        """Whether a signal or --max_minutes asks for an end, of any process: then all stop after the same step."""
+        limit = self.config.max_minutes
+        if limit is not None and time.monotonic() - self.started > 60 * limit:
+            self.stop_reason = self.stop_reason or f"--max_minutes {limit:g}"
+        asked = torch.tensor(int(bool(self.stop_reason)), device=self.procs.device)
+        return bool(self.procs.sum(asked))
+
+    def stop(self, step: int, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        """Save what is not saved yet, and end the process with exit code 75, for the launcher to see."""
+        if step > 0 and not (self.folder / f"step_{step:06d}").exists():
+            self.save(step, model, optimizer, {})
+        if self.procs.is_main:
+            reason = self.stop_reason or "another process"
+            print(f"stopped by {reason} after step {step:,}, which is saved; the same command goes on", flush=True)
+        self.procs.close()
+        sys.exit(STOPPED)
+
 
 def _is_ours(item: Path) -> bool:
-    return item.name in ("log.jsonl", "log.tmp") or item.name.startswith("step_")
+    return item.name in ("log.jsonl", "log.tmp", ".lock") or item.name.startswith("step_")
 
 
 def _step_of(line: str) -> float:
@@ -164,7 +204,8 @@ class Log:
     """
 
     def __init__(self, run: Run, model: GPT, step: int, steps: int, batch_tokens: int):
-        self.file, self.procs, self.batch_tokens = run.log_file, run.procs, batch_tokens
+        self.run, self.file, self.procs, self.batch_tokens = run, run.log_file, run.procs, batch_tokens
+        self.skipped = 0  # steps in a row
         flops, source = peak_flops(self.procs)
         self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
         self.progress = Progress(steps, "step", initial=step, enabled=self.procs.is_main)
@@ -175,18 +216,22 @@ class Log:
         loss, grad_norm = metrics["loss"].item(), metrics["grad_norm"].item()  # waits for the device
         rate = self.batch_tokens / (time.perf_counter() - started)
         mfu = rate / self.peak_tokens_per_s
-        self.write(
-            {
-                "step": step,
-                "tokens": step * self.batch_tokens,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "lr": lr,
-                "tokens_per_s": round(rate, 1),
-                "mfu": round(mfu, 4),
-            }
-        )
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        row = {"step": step, "tokens": step * self.batch_tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        row |= {"tokens_per_s": round(rate, 1), "mfu": round(mfu, 4)}
+        self.write(row if finite else row | {"loss": None, "grad_norm": None, "skipped": True})  # JSON has no NaN
         self.progress.update(1, f"loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  {rate:,.0f} tok/s  MFU {mfu:.1%}")
+        self.skipped = 0 if finite else self.skipped + 1
+        if not finite:
+            self.progress.print(
+                f"step {step:,} skipped: loss {loss}, gradient norm {grad_norm}; the weights are unchanged"
+            )
+        if self.skipped == MAX_SKIPPED:
+            good = (checkpoint.checkpoints(self.run.folder) or ["none"])[-1]
+            raise UserError(
+                f"loss or gradient was not finite {MAX_SKIPPED} times in a row, up to step {step:,}; the last good"
+                f" checkpoint is {good}: lower --lr or look at the data, and start another --run"
+            )
 
     def validation(self, step: int, val_loss: float) -> None:
         """Tell of a validation after so many steps."""

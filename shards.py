@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError, check
-from files import publish, read_json, sha256, write_json
+from files import lock, publish, read_json, sha256, write_json
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -34,7 +34,8 @@ def is_validation(document: bytes, val_fraction: float) -> bool:
 def open_output(folder: Path, description: dict) -> bool:
     """Make `folder` ready for a dataset that `description` describes; False where it already holds exactly that.
 
-    What an interrupted run left is removed.  Raises `UserError` where the folder holds anything else.
+    The folder is this process's own from here to its end.  What an interrupted run left is removed.  Raises `UserError`
+    where the folder holds anything else, or another process is writing to it.
     """
     complete = (folder / "meta.json").exists()
     if complete or (folder / INCOMPLETE).exists():
@@ -49,12 +50,12 @@ def open_output(folder: Path, description: dict) -> bool:
         if complete and not changed:
             return False
     elif folder.exists():
-        foreign = any(item.name != f"{INCOMPLETE}.tmp" for item in folder.iterdir())
+        foreign = any(item.name not in (f"{INCOMPLETE}.tmp", ".lock") for item in folder.iterdir())
         check(not foreign, f"{folder} already holds something else: choose another --out")
+    lock(folder)
     for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
         file.unlink()
     (folder / "meta.json").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INCOMPLETE, description)
     return True
 
@@ -70,7 +71,8 @@ def write_array(file: Path, array: np.ndarray) -> dict:
     temporary = file.with_name(file.name + ".tmp")
     try:
         with open(temporary, "wb") as stream:
-            np.save(stream, array)
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+            stream.write(array.data)  # np.save would do, but says nothing of a full disk
         digest = sha256(temporary)
         publish(temporary, file)
     except OSError as error:

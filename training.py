@@ -94,8 +94,11 @@ def find_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def start_processes(device: str | None, dtype: str | None) -> Processes:
+def start_processes(device: str | None, dtype: str | None, deterministic: bool) -> Processes:
     """Meet the other processes that `torchrun` started, if it did: over nccl on GPUs, over gloo elsewhere."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for before it promises anything
+        torch.use_deterministic_algorithms(True)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found = find_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     one_each = world_size == 1 or not (device or "").startswith("cuda:")
@@ -103,8 +106,12 @@ def start_processes(device: str | None, dtype: str | None) -> Processes:
     if found.type == "cuda":
         torch.cuda.set_device(found)
     if world_size > 1:
-        on_gpu = found.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=found if on_gpu else None)
+        # torchrun gives restarted processes the store of those that died; without a prefix of their own they would
+        # look for the dead (pytorch issue 135712).
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Processes(rank, world_size, found, find_dtype(dtype, found))
 
 
@@ -149,7 +156,7 @@ def describe(config: Any, name: str, model: GPT, procs: Processes, rows: int) ->
     block_size = model.config.block_size
     precision = str(procs.dtype).removeprefix("torch.")
     print(
-        f"model      {name}: {model.num_parameters():,} parameters, context {block_size}, {precision} on"
+        f"model      {name}: {model.config.num_parameters:,} parameters, context {block_size}, {precision} on"
         f" {procs.device.type}{', compiled' if config.compile else ''}"
     )
     print(
@@ -193,6 +200,8 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One optimiser step on this process's micro-batches of the global batch.
 
+    Where the loss or the gradient is not finite, the weights and the optimiser's state stay as they are.
+
     The loss is the sum over all learned tokens of all micro-batches on all processes, over their count: no token weighs
     more because its micro-batch or its process has fewer of them.
 
@@ -212,10 +221,13 @@ def train_step(
                 loss = model(batch.tokens, batch.targets, batch.positions)
             (loss * (procs.world_size / learned)).backward()  # DistributedDataParallel averages: undo its division
         total += loss.detach()
+    loss = procs.sum(total) / learned
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    # Where this is 1, fused AdamW leaves weights and state as they are, without the host waiting to know.
+    optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": procs.sum(total) / learned, "grad_norm": grad_norm}
+    return {"loss": loss, "grad_norm": grad_norm}
 
 
 @torch.no_grad()

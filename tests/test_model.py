@@ -60,7 +60,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 def test_presets_have_gpt2s_number_of_parameters(preset, expected, multiple):
     with torch.device("meta"):
         model = GPT(replace(PRESETS[preset], vocab_multiple=multiple))
-    assert model.num_parameters() == expected
+    assert model.config.num_parameters == expected
     if multiple == 1:
         assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
@@ -305,7 +305,7 @@ def test_missing_and_misshapen_weights_are_rejected(hf_folder, name, weight, nam
 def test_truncated_weights_are_rejected(hf_folder, length):
     file = hf_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is (damaged|too small)"):
         GPT.from_pretrained(hf_folder)
 
 

@@ -1,6 +1,7 @@
 """A run's folder: what is taken up, what is refused, what is logged."""
 
 import json
+import signal
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import checkpoint
+import runs
 from cli import UserError
 from model import GPT, GPTConfig
 from runs import PEAK_FLOPS, Log, Run, peak_flops
@@ -25,6 +27,18 @@ class Flags:
     lr: float = 1e-3
     keep: int = 2
     val_every: int = 5
+    max_minutes: float | None = None
+
+
+@pytest.fixture(autouse=True)
+def several_runs_in_one_process(monkeypatch):
+    """A run listens to signals and locks its folder until the process ends; this process goes on to the next test."""
+    monkeypatch.setattr(runs, "lock", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,0 +1,132 @@
+"""Kill a training run again and again, at chosen moments of its saves, and see whether it ends as if nothing had been.
+
+    make soak                                                       # 200 kills
+    .venv/bin/python tests/soak.py --kills 50
+
+Each launch is a real process that kills itself (SIGKILL, which nothing can catch) before the n-th system call that
+touches a checkpoint: making the folder, writing, flushing, renaming, deleting.  A write is cut in the middle.
+"""
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+FLAGS = ("--model", "tiny", "--batch_tokens", 512, "--micro_batch_size", 8, "--lr", 3e-3, "--dropout", 0.1)
+OFTEN = ("--steps", 24, "--save_every", 2, "--val_every", 8, "--val_tokens", 640)
+
+
+def kill_before(n: int) -> None:
+    """Arrange that this process dies before the n-th call from now on that touches a checkpoint."""
+    import safetensors.torch
+
+    count = 0
+
+    def event() -> None:
+        nonlocal count
+        count += 1
+        if count == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(name: str, args: tuple) -> None:
+        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and "step_" in str(args[0]):
+            event()
+
+    def fsync(handle: int, real=os.fsync) -> None:
+        event()
+        real(handle)
+
+    def save_file(tensors: dict, file: Path, real=safetensors.torch.save_file) -> None:
+        real(tensors, file)
+        if count + 1 == n:
+            os.truncate(file, file.stat().st_size // 2)
+        event()
+
+    os.fsync, safetensors.torch.save_file = fsync, save_file
+    sys.addaudithook(audit)
+
+
+def launch(script: str, *args: object, kill_at: int | None = None) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own, which dies before its `kill_at`-th call that touches a checkpoint."""
+    command = [sys.executable, __file__, "--run", str(kill_at or 0), str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+
+
+def survive(kills: int, data: Path, work: Path, report=lambda line: None) -> int:
+    """Kill runs on `data` until `kills` kills have been survived; returns how many runs that took.
+
+    Raises `AssertionError` where a run does not go on, loses a checkpoint, or ends otherwise than one left in peace.
+    """
+    import checkpoint
+
+    args = ("pretrain.py", "--data", data, *FLAGS, *OFTEN)
+    done = launch(*args, "--run", work / "peace")
+    assert done.returncode == 0, done.stderr
+    survived = runs = 0
+    while survived < kills:
+        run, newest = work / f"run_{runs}", -1
+        while True:
+            kill_at = 1 + (7 * survived + survived // 7) % 31 if survived < kills else None  # every moment has its turn
+            done = launch(*args, "--run", run, kill_at=kill_at)
+            if done.returncode == 0:
+                break
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            survived += 1
+            found = checkpoint.newest_whole(run)
+            step = int(found.name[5:]) if found else -1
+            assert step >= newest, f"kill {survived} lost step {newest}"
+            newest = step
+            report(f"kill {survived}: step {max(step, 0)} is whole")
+        assert_equal(work / "peace", run)
+        shutil.rmtree(run)
+        runs += 1
+    return runs
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """The last checkpoints are equal bit for bit, the logs but for the times, and nothing is left lying about."""
+    import json
+
+    import checkpoint
+
+    ends = [checkpoint.checkpoints(run)[-1] for run in (one, other)]
+    assert ends[0].name == ends[1].name
+    for file in ("model.safetensors", "train_state.safetensors"):
+        assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), f"{file} differs"
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, other)]
+    for row in [row for log in logs for row in log]:
+        row.pop("tokens_per_s", None), row.pop("mfu", None)
+    assert logs[0] == logs[1], "the logs differ"
+    assert not list(other.glob("*.tmp")), "temporary files are left"
+
+
+def main() -> None:
+    kills = int(sys.argv[sys.argv.index("--kills") + 1]) if "--kills" in sys.argv else 200
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        text = "".join(f"Paragraph {i} has words, {i} of them.\n\n" * 40 for i in range(800))
+        (work / "text.txt").write_text(text)
+        flags = ("--tokenizer", "bytes", "--val_fraction", 0.2, "--out", work / "data")
+        done = launch("prepare_fineweb.py", "--files", work / "text.txt", *flags)
+        assert done.returncode == 0, done.stderr
+        runs = survive(kills, work / "data", work, report=print)
+    print(
+        f"{kills} kills survived in {runs} runs: weights, optimiser state and logs equal those of a run left in peace"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        kill_at, sys.argv = int(sys.argv[2]), sys.argv[3:]
+        if kill_at:
+            kill_before(kill_at)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        main()

@@ -1,0 +1,293 @@
+"""What a run survives: kills, signals, limits, damage, a full disk, numbers that go wrong, a second run beside it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+from conftest import ROOT, TRAIN, TUNE, read_log, start
+from torch import nn
+
+import checkpoint
+from data import Batch
+from model import GPT, GPTConfig
+from runs import MAX_SKIPPED, STOPPED
+from training import Processes, build_optimizer, train_step
+
+LONG = ("--model", "tiny", "--batch_tokens", 1024, "--micro_batch_size", 8, "--lr", 3e-3, "--dropout", 0.1)
+LONG = (*LONG, "--steps", 150, "--val_every", 1000, "--save_every", 1000)
+
+
+def spawn(*args: object, cwd: Path, processes: int = 1, launcher: tuple = ()) -> subprocess.Popen:
+    """Start a script, or several of it under torchrun, in a process group of its own, and do not wait."""
+    if processes > 1:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher, "--")
+    command = [sys.executable, *launcher, str(ROOT / str(args[0])), *map(str, args[1:])]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    """Wait until a run has logged a step."""
+    for _ in range(600):
+        if (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text_data) -> Path:
+    """The run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start("pretrain.py", "--data", text_data, "--run", folder, *LONG, cwd=folder.parent)
+    return folder
+
+
+# ---- killed ----------------------------------------------------------------------------------------------------------
+
+
+def test_thirty_kills(text_data, tmp_path):
+    """Before each system call of a save, so to speak: see soak.py; `make soak` does it two hundred times."""
+    assert soak.survive(30, text_data, tmp_path) >= 1
+
+
+def test_torchrun_restarts_a_dead_process(text_data, whole, tmp_path):
+    """One of two processes dies; both are restarted and go on from the last checkpoint, to the same end."""
+    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG, "--save_every", 10, "--micro_batch_size", 4)
+    process = spawn(*args, cwd=tmp_path, processes=2, launcher=("--max-restarts=1",))
+    wait_for_step(tmp_path / "run", 25, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    steps = [row["step"] for row in read_log(tmp_path / "run") if "loss" in row]
+    assert steps == list(range(1, 151))
+
+
+# ---- asked to stop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(text_data, whole, tmp_path, number):
+    """The step is finished and saved, the exit code says so, and the run ends as if nothing had been."""
+    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG)
+    process = spawn(*args, cwd=tmp_path)
+    wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED == 75 and f"stopped by {number.name} after step" in output
+    last = read_log(tmp_path / "run")[-1]["step"]
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "run")] == [f"step_{last:06d}"] and last < 150
+    start(*args, cwd=tmp_path)
+    soak.assert_equal(whole, tmp_path / "run")
+
+
+def test_a_signal_to_torchrun_stops_all_processes(text_data, tmp_path):
+    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG, "--micro_batch_size", 4)
+    process = spawn(*args, cwd=tmp_path, processes=2)
+    wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "stopped by SIGTERM" in output
+    last = read_log(tmp_path / "run")[-1]["step"]
+    assert checkpoint.newest_whole(tmp_path / "run").name == f"step_{last:06d}"
+
+
+def test_a_signal_to_one_process_stops_all(text_data, tmp_path):
+    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG, "--micro_batch_size", 4)
+    process = spawn(*args, cwd=tmp_path, processes=2)
+    wait_for_step(tmp_path / "run", 5, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped by" in output and checkpoint.newest_whole(tmp_path / "run") is not None
+
+
+def test_a_second_interrupt_exits_at_once(text_data, tmp_path):
+    """In the middle of a step of many micro-batches, without a checkpoint."""
+    slow = ("--batch_tokens", 2**20, "--micro_batch_size", 1)
+    process = spawn("pretrain.py", "--data", text_data, "--run", "./run", *LONG, *slow, cwd=tmp_path)
+    wait_for_step(tmp_path / "run", 0, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130 and not checkpoint.checkpoints(tmp_path / "run")
+
+
+def test_the_clock_stops_finetuning_too(run_script, pretrained, chat_data, tmp_path):
+    args = ("finetune.py", "--init", pretrained, "--data", chat_data, "--run", "./run", *TUNE)
+    done = run_script(*args, "--max_minutes", 1e-9, expect=STOPPED)
+    assert "stopped by --max_minutes 1e-09 after step 0" in done.stdout
+    run_script(*args)
+    run_script(*args[:6], "./whole", *TUNE)
+    soak.assert_equal(tmp_path / "whole", tmp_path / "run")
+
+
+# ---- damaged ---------------------------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "train_state.safetensors"])
+def test_training_falls_back_to_the_newest_good_checkpoint(run_script, pretrained, text_data, tmp_path, name, damage):
+    shutil.copytree(pretrained, tmp_path / "run")
+    damage(tmp_path / "run" / "step_000012" / name)
+    often = ("--val_every", 4, "--save_every", 6)
+    done = run_script("pretrain.py", "--data", text_data, "--run", "./run", *TRAIN, *often)
+    assert (
+        name in done.stderr and "going on from an earlier checkpoint" in done.stderr and "6 steps done" in done.stdout
+    )
+    soak.assert_equal(pretrained, tmp_path / "run")
+
+
+def test_nothing_is_started_anew_where_all_is_damaged(fails, pretrained, text_data, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "run")
+    for file in (tmp_path / "run").glob("*/model.safetensors"):
+        truncate(file)
+    command = ("pretrain.py", "--data", text_data, "--run", "./run", *TRAIN)
+    done = start(*command, cwd=tmp_path, expect=2)
+    assert "error: all checkpoints of run are damaged" in done.stderr
+    assert len(checkpoint.checkpoints(tmp_path / "run")) == 2
+
+
+# ---- a full disk, no permission --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a small file system cannot be mounted here: " + mounted.stderr.decode().strip())
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_no_checkpoint(text_data, small_disk, tmp_path):
+    """The disk fills up at the second checkpoint or so: the error names the place, the first one is whole."""
+    (small_disk / "ballast").write_bytes(bytes(1_200_000))
+    args = ("pretrain.py", "--data", text_data, "--run", small_disk / "run", *TRAIN, "--save_every", 4, "--keep", 9)
+    done = start(*args, cwd=tmp_path, expect=2)
+    assert f"{small_disk}/run/step_0000" in done.stderr and "untouched" in done.stderr, done.stderr
+    kept = checkpoint.newest_whole(small_disk / "run")
+    assert kept is not None and not list((small_disk / "run").glob("*.tmp"))
+    (small_disk / "ballast").unlink()
+    start(*args, cwd=tmp_path)
+
+
+def test_a_full_disk_while_preparing(small_disk, tmp_path):
+    (tmp_path / "a.txt").write_text("Some words.\n\n" * 200_000)
+    args = ("prepare_fineweb.py", "--files", "a.txt", "--tokenizer", "bytes", "--out", small_disk / "data")
+    args = (*args, "--shard_tokens", 300_000, "--val_fraction", 0.2)
+    done = start(*args, cwd=tmp_path, expect=2)
+    assert f"{small_disk}/data/" in done.stderr and "free some space" in done.stderr
+    assert not (small_disk / "data" / "meta.json").exists() and not list((small_disk / "data").glob("*.npy.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_no_permission(fails, text_data, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "locked" in fails("pretrain.py", "--data", text_data, "--run", "./locked/run", *TRAIN)
+
+
+# ---- numbers that go wrong -------------------------------------------------------------------------------------------
+
+
+class Poisoned(nn.Module):
+    """A model whose loss or gradient goes wrong on request."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model, self.poison = model, None
+
+    def forward(self, *args):
+        loss = self.model(*args)
+        if self.poison == "gradient":  # a finite loss with an infinite gradient
+            loss = loss + torch.sqrt((self.model.ln_f.bias.sum() - self.model.ln_f.bias.sum().detach()).abs())
+        return loss * {None: 1.0, "gradient": 1.0}.get(self.poison, self.poison)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), "gradient"])
+def test_what_is_not_finite_never_reaches_the_weights(poison):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
+    wrapped, procs = Poisoned(model), Processes(0, 1, torch.device("cpu"), torch.float32)
+    optimizer = build_optimizer(model, 1e-2, 0.1)
+    batch = Batch(torch.randint(9, (2, 8)), torch.randint(9, (2, 8)))
+
+    def bits() -> list[bytes]:
+        state = checkpoint.optimizer_state(model, optimizer)
+        return [tensor.detach().numpy().tobytes() for tensor in (*model.state_dict().values(), *state.values())]
+
+    train_step(wrapped, [batch], optimizer, 1e-2, 1.0, procs)
+    before = bits()
+    wrapped.poison = poison
+    metrics = train_step(wrapped, [batch], optimizer, 1e-2, 1.0, procs)
+    assert not (metrics["loss"].isfinite() and metrics["grad_norm"].isfinite())
+    assert bits() == before
+    wrapped.poison = None
+    train_step(wrapped, [batch], optimizer, 1e-2, 1.0, procs)
+    assert bits() != before
+
+
+def test_a_run_that_has_gone_wrong_stops(tmp_path, text_data):
+    """From step 9 on every loss is NaN: skipped and logged, and after several in a row the end, with the way back."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import model, training\n"
+        "real, calls = training.train_step, []\n"
+        "def step(trained, *args):\n"
+        "    calls.append(1)\n"
+        "    poisoned = trained if len(calls) < 9 else lambda *a: trained(*a) * float('nan')\n"
+        "    if poisoned is not trained: poisoned.parameters = trained.parameters\n"
+        "    return real(poisoned, *args)\n"
+        "training.train_step = step\n"
+        f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')\n"
+    )
+    args = ["--data", text_data, "--run", "./run", *TRAIN, "--steps", 40, "--save_every", 4]
+    done = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"not finite {MAX_SKIPPED} times in a row, up to step 13" in done.stderr
+    assert "run/step_000012" in done.stderr
+    skipped = [row for row in read_log(tmp_path / "run") if row.get("skipped")]
+    assert [row["step"] for row in skipped] == [9, 10, 11, 12, 13] and skipped[0]["loss"] is None
+    weights = checkpoint.load_weights(
+        tmp_path / "run" / "step_000012", checkpoint.read_meta(tmp_path / "run/step_000012")
+    )
+    assert all(weight.isfinite().all() for weight in weights.state_dict().values())
+
+
+# ---- two at once -----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_while_the_first_lives(fails, text_data, tmp_path):
+    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG)
+    process = spawn(*args, cwd=tmp_path)
+    wait_for_step(tmp_path / "run", 5, process)
+    assert "in use by another process" in fails(*args)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    start(*args, "--max_minutes", 0.001, cwd=tmp_path, expect=STOPPED)  # the dead do not hold a lock
