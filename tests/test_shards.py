@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shards
 from cli import UserError
 from shards import (
     FORMAT_VERSION,
@@ -24,6 +25,12 @@ from shards import (
 )
 
 DESCRIPTION = {"version": FORMAT_VERSION, "kind": "text", "tokenizer": "bytes", "source": {"files": [{"bytes": 3}]}}
+
+
+@pytest.fixture(autouse=True)
+def several_writers_in_one_process(monkeypatch):
+    """A writer locks its folder until the process ends; this process goes on to the next test."""
+    monkeypatch.setattr(shards, "lock", lambda folder: folder.mkdir(parents=True, exist_ok=True))
 
 
 def make_dataset(folder: Path, description: dict = DESCRIPTION) -> Path:
@@ -77,11 +84,11 @@ def test_shards_joined_are_the_documents_joined(tmp_path_factory, lengths, shard
 
 
 def test_an_array_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-    def full(stream, array):
+    def full(stream, header):
         stream.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(OSError, match="No space left") as error:
         write_array(tmp_path / "train_000000.npy", np.arange(3))
     assert error.value.filename == str(tmp_path / "train_000000.npy")
