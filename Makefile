@@ -1,11 +1,12 @@
 # make demo    a talking model from nothing, on a laptop CPU in minutes
 # make test    lint and tests
+# make soak    kill a training run two hundred times
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
 
 # One stamp file per requirements file: make installs again when one has changed.
 $(VENV)/installed: requirements.txt
@@ -35,6 +36,9 @@ demo: $(VENV)/installed
 
 test: lint
 	$(PY) -m pytest
+
+soak: $(VENV)/installed-dev
+	$(PY) tests/soak.py --kills 200
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ import numpy as np
 import cli
 from cli import Progress, UserError, check
 from shards import FORMAT_VERSION, SPLITS, close_output, is_validation, open_output, write_array
-from sources import Record, describe_files, expand, hub_dataset, read_files
+from sources import FileSource, HubSource, Record, expand
 from tokenizer import ROLES, Tokenizer, load_tokenizer
 
 
@@ -56,16 +56,16 @@ def main(config: Config) -> None:
     cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
     cli.check_range("block_size", config.block_size, 16)
     tokenizer = load_tokenizer(config.tokenizer)
-    source, records = open_source(config)
+    source = open_source(config)
     description = describe(config, tokenizer, source)
-    if not open_output(config.out, description):
+    if open_output(config.out, description) is None:
         print(f"{config.out} is already complete.")
         return
 
     splits = {split: Conversations([], []) for split in SPLITS}
     counts = {"records": 0, "shortened": 0, "dropped": 0, "skipped_empty": 0}
     progress = Progress(None, "record")
-    for messages, tokens, learned in examples(records, tokenizer, config.block_size, counts):
+    for messages, tokens, learned in examples(source.records(), tokenizer, config.block_size, counts):
         split = splits["val" if is_validation(json.dumps(messages).encode(), config.val_fraction) else "train"]
         split.tokens.append(np.array(tokens, dtype=np.uint16))
         split.learned.append(np.array(learned, dtype=bool))
@@ -77,23 +77,21 @@ def main(config: Config) -> None:
     summarise(config, manifest, counts)
 
 
-def open_source(config: Config) -> tuple[dict, Iterator[Record]]:
-    """What the manifest says of the source, and its records."""
+def open_source(config: Config) -> FileSource | HubSource:
+    """Local files, or a dataset on the hub."""
     if config.files:
-        files = expand(config.files, (".jsonl",))
-        return describe_files(files), read_files(files)
-    revision, records = hub_dataset(config.dataset, config.name)
-    return {"dataset": config.dataset, "name": config.name, "revision": revision}, records
+        return FileSource(expand(config.files, (".jsonl",)))
+    return HubSource(config.dataset, config.name)
 
 
-def describe(config: Config, tokenizer: Tokenizer, source: dict) -> dict:
+def describe(config: Config, tokenizer: Tokenizer, source: FileSource | HubSource) -> dict:
     """The part of the manifest that is known before the work starts; the same description gives the same bytes."""
     return {
         "version": FORMAT_VERSION,
         "kind": "chat",
         "tokenizer": config.tokenizer,
         "vocab_size": tokenizer.chat_vocab_size,
-        "source": source,
+        "source": source.describe(),
         "block_size": config.block_size,
         "val_fraction": config.val_fraction,
     }

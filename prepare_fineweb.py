@@ -5,7 +5,8 @@
     python prepare_fineweb.py --files 'mine/*.txt' more.jsonl --out data/mine --val_fraction 0.05
 
 Writes `.npy` shards and `meta.json` into `--out`, where `pretrain.py` reads them.  FineWeb-Edu's 10 billion tokens take
-20 GB of disk and some hours, most of them download; memory stays the same however large the corpus is.
+20 GB of disk and some hours, most of them download; memory stays the same however large the corpus is.  Interrupted,
+the same command goes on from the last finished shard.
 """
 
 import time
@@ -17,8 +18,8 @@ import numpy as np
 
 import cli
 from cli import Progress, UserError, check
-from shards import FORMAT_VERSION, ShardWriter, close_output, is_validation, open_output
-from sources import Record, describe_files, expand, hub_dataset, read_files
+from shards import FORMAT_VERSION, SPLITS, ShardWriter, close_output, is_validation, open_output, save_progress
+from sources import FileSource, HubSource, Record, expand
 from tokenizer import Tokenizer, load_tokenizer, utf8
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -49,28 +50,34 @@ class Config:
 def main(config: Config) -> None:
     check_config(config)
     tokenizer = load_tokenizer(config.tokenizer)
-    source, records = open_source(config)
+    source = open_source(config)
     description = describe(config, source)
-    if not open_output(config.out, description):
+    progress = open_output(config.out, description)
+    if progress is None:
         print(f"{config.out} is already complete.")
         return
 
-    started, skipped = time.perf_counter(), 0
-    writers = {split: ShardWriter(config.out, split, config.shard_tokens) for split in ("train", "val")}
-    progress = Progress(config.max_tokens, "token")
-    for texts in batched_texts(records, config.text_field):
+    started, skipped = time.perf_counter(), progress.get("skipped_empty", 0)
+    writers = {split: ShardWriter(config.out, split, config.shard_tokens, progress.get(split)) for split in SPLITS}
+    before = done = tokens_of(writers)
+    bar = Progress(config.max_tokens, "token", initial=before)
+    for texts in batched_texts(source.records(progress.get("position")), config.text_field):
         full = [text for text in texts if text.strip()]
         skipped += len(texts) - len(full)
+        shards = shards_of(writers)
         for text, tokens in zip(full, encode_documents(tokenizer, full), strict=True):
             writers["val" if is_validation(utf8(text), config.val_fraction) else "train"].add(tokens)
             if reached(writers, config.max_tokens):
                 break
-        written = sum(writer.tokens for writer in writers.values())
-        rate = written / (time.perf_counter() - started)
-        progress.update(written - progress.done, f"{rate / 1e6:.2f} M tokens/s")
+        done, previous = tokens_of(writers), done
+        bar.update(done - previous, f"{(done - before) / (time.perf_counter() - started) / 1e6:.2f} M tokens/s")
         if reached(writers, config.max_tokens):
             break
-    progress.close()
+        if shards_of(writers) > shards:
+            states = {split: writer.state() for split, writer in writers.items()}
+            states |= {"position": source.position, "skipped_empty": skipped}
+            save_progress(config.out, description, states)
+    bar.close()
     splits = finish(writers, config, skipped)
     close_output(config.out, description | splits | {"skipped_empty": skipped})
     summarise(config, splits, skipped, time.perf_counter() - started)
@@ -83,24 +90,21 @@ def check_config(config: Config) -> None:
         cli.check_range("max_tokens", config.max_tokens, 1)
 
 
-def open_source(config: Config) -> tuple[dict, Iterator[Record]]:
-    """What the manifest says of the source, and its records."""
+def open_source(config: Config) -> FileSource | HubSource:
+    """Local files, or a dataset on the hub."""
     if config.files:
-        files = expand(config.files, (".txt", ".jsonl", ".parquet"))
-        return describe_files(files), read_files(files, config.text_field)
-    name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
-    revision, records = hub_dataset(config.dataset, name)
-    return {"dataset": config.dataset, "name": name, "revision": revision}, records
+        return FileSource(expand(config.files, (".txt", ".jsonl", ".parquet")), config.text_field)
+    return HubSource(config.dataset, config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None))
 
 
-def describe(config: Config, source: dict) -> dict:
+def describe(config: Config, source: FileSource | HubSource) -> dict:
     """The part of the manifest that is known before the work starts; the same description gives the same bytes."""
     return {
         "version": FORMAT_VERSION,
         "kind": "text",
         "tokenizer": config.tokenizer,
         "vocab_size": load_tokenizer(config.tokenizer).vocab_size,
-        "source": source,
+        "source": source.describe(),
         "text_field": config.text_field,
         "shard_tokens": config.shard_tokens,
         "val_fraction": config.val_fraction,
@@ -132,8 +136,16 @@ def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndar
     return (np.concatenate([start, tokens]) for tokens in tokenizer.encode_batch(texts))
 
 
+def tokens_of(writers: dict[str, ShardWriter]) -> int:
+    return sum(writer.tokens for writer in writers.values())
+
+
+def shards_of(writers: dict[str, ShardWriter]) -> int:
+    return sum(len(writer.shards) for writer in writers.values())
+
+
 def reached(writers: dict[str, ShardWriter], max_tokens: int | None) -> bool:
-    return max_tokens is not None and sum(writer.tokens for writer in writers.values()) >= max_tokens
+    return max_tokens is not None and tokens_of(writers) >= max_tokens
 
 
 def finish(writers: dict[str, ShardWriter], config: Config, skipped: int) -> dict:

@@ -31,13 +31,14 @@ def is_validation(document: bytes, val_fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") < val_fraction * 2**64
 
 
-def open_output(folder: Path, description: dict) -> bool:
-    """Make `folder` ready for a dataset that `description` describes; False where it already holds exactly that.
+def open_output(folder: Path, description: dict) -> dict | None:
+    """Make `folder` ready for a dataset that `description` describes, and keep it for this process.
 
-    The folder is this process's own from here to its end.  What an interrupted run left is removed.  Raises `UserError`
-    where the folder holds anything else, or another process is writing to it.
+    Returns the progress that an interrupted run of the same description saved, {} where there is none, and None where
+    the folder already holds the complete dataset.  Raises `UserError` where it holds anything else, or another process
+    is writing to it.
     """
-    complete = (folder / "meta.json").exists()
+    complete, progress = (folder / "meta.json").exists(), {}
     if complete or (folder / INCOMPLETE).exists():
         held = read_json(folder / ("meta.json" if complete else INCOMPLETE))
         changed = [key for key in description if held.get(key) != description[key]]
@@ -48,22 +49,39 @@ def open_output(folder: Path, description: dict) -> bool:
             " choose another --out or delete it",
         )
         if complete and not changed:
-            return False
+            return None
+        progress = held.get("progress", {}) if not changed else {}
     elif folder.exists():
         foreign = any(item.name not in (f"{INCOMPLETE}.tmp", ".lock") for item in folder.iterdir())
         check(not foreign, f"{folder} already holds something else: choose another --out")
     lock(folder)
-    for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
-        file.unlink()
+    remove_arrays(folder, keep=progress)
     (folder / "meta.json").unlink(missing_ok=True)
-    write_json(folder / INCOMPLETE, description)
-    return True
+    write_json(folder / INCOMPLETE, description | {"progress": progress})
+    return progress
+
+
+def save_progress(folder: Path, description: dict, progress: dict) -> None:
+    """Remember how far the work is; `progress` has the writers' states by split, and whatever else is needed."""
+    write_json(folder / INCOMPLETE, description | {"progress": progress})
+    remove_arrays(folder, keep=progress)
 
 
 def close_output(folder: Path, meta: dict) -> None:
     """Write `meta.json`: the dataset is complete."""
     write_json(folder / "meta.json", meta)
     (folder / INCOMPLETE).unlink()
+    remove_arrays(folder, keep=meta)
+
+
+def remove_arrays(folder: Path, keep: dict) -> None:
+    """Delete the arrays that neither split of a manifest or of a saved progress names."""
+    states = [keep.get(split, {}) for split in SPLITS]
+    entries = [entry for state in states for entry in [*state.get("files", []), state.get("partial", {})]]
+    names = {entry.get("file") for entry in entries}
+    for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
+        if file.name not in names:
+            file.unlink()
 
 
 def write_array(file: Path, array: np.ndarray) -> dict:
@@ -85,11 +103,21 @@ def write_array(file: Path, array: np.ndarray) -> dict:
 class ShardWriter:
     """One split's documents as shards of `shard_tokens` tokens; the last may be shorter, a document may span two."""
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
+    def __init__(self, folder: Path, split: str, shard_tokens: int, state: dict | None = None):
         self.folder, self.split = folder, split
         self.buffer = np.empty(shard_tokens, dtype=np.uint16)
         self.filled = self.documents = self.tokens = 0
         self.shards: list[dict] = []
+        if state:
+            self.documents, self.tokens, self.shards = state["documents"], state["tokens"], state["files"]
+            partial = open_array(folder / Path(state["partial"]["file"]).name, state["partial"]["length"])
+            self.filled = len(partial)
+            self.buffer[: self.filled] = partial
+
+    def state(self) -> dict:
+        """What a writer needs to go on from here; the tokens that fill no shard yet go into a file."""
+        partial = write_array(self.folder / f"partial_{self.split}_{self.tokens}.npy", self.buffer[: self.filled])
+        return {"documents": self.documents, "tokens": self.tokens, "files": self.shards, "partial": partial}
 
     def add(self, document: np.ndarray) -> None:
         """Append a document's tokens, its end-of-text included."""

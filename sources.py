@@ -35,11 +35,6 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     return files
 
 
-def describe_files(files: Sequence[Path]) -> dict:
-    """What a manifest says of local files as a source: names, sizes and checksums."""
-    return {"files": [{"file": str(file), "bytes": file.stat().st_size, "sha256": sha256(file)} for file in files]}
-
-
 def read_files(files: Sequence[Path], text_field: str = "text") -> Iterator[Record]:
     """The records of `.jsonl`, `.parquet` and `.txt` files, one file after the other, never a whole one in memory.
 
@@ -116,40 +111,74 @@ def read_txt(file: Path, text_field: str) -> Iterator[Record]:
         yield document()
 
 
-def hub_dataset(dataset: str, name: str | None, split: str = "train") -> tuple[str, Iterator[Record]]:
-    """A hub dataset's revision, and its records as they stream in; nothing is kept on disk.
+class FileSource:
+    """Local files as a source that can be taken up where it was left."""
+
+    def __init__(self, files: Sequence[Path], text_field: str = "text"):
+        self.files, self.text_field, self.position = files, text_field, 0
+
+    def describe(self) -> dict:
+        """What a manifest says of the files: names, sizes and checksums."""
+        return {"files": [{"file": str(f), "bytes": f.stat().st_size, "sha256": sha256(f)} for f in self.files]}
+
+    def records(self, position: int | None = None) -> Iterator[Record]:
+        """All records, or those after a `position` that this source once had: a plain number of records."""
+        for number, record in enumerate(read_files(self.files, self.text_field), start=1):
+            self.position = number
+            if number > (position or 0):
+                yield record
+
+
+class HubSource:
+    """A dataset on the hub, streamed and not kept on disk, as a source that can be taken up where it was left.
 
     Raises `UserError`: no such dataset, or no network.
     """
-    from datasets import load_dataset
-    from huggingface_hub import HfApi
 
-    label = f"{dataset}/{name}" if name else dataset
-    try:
-        revision = HfApi().dataset_info(dataset).sha
-        stream = load_dataset(dataset, name=name, split=split, streaming=True, revision=revision)
-    except Exception as error:  # no such name, no network, a private dataset: the client has a class for each
-        raise UserError(
-            f"dataset {label} cannot be opened: {first_line(error)}; check the name and the network, or use --files"
-        ) from None
-    return revision, read_stream(label, stream)
+    def __init__(self, dataset: str, name: str | None, split: str = "train"):
+        from datasets import load_dataset
+        from huggingface_hub import HfApi
 
-
-def read_stream(label: str, stream) -> Iterator[Record]:
-    """The records of a `datasets` stream.  Raises `UserError` where the network fails beyond the client's retries."""
-    rows = iter(stream)
-    row = 0
-    while True:
+        self.dataset, self.name, self.row = dataset, name, 0
+        self.label = f"{dataset}/{name}" if name else dataset
         try:
-            record = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
+            self.revision = HfApi().dataset_info(dataset).sha
+            self.stream = load_dataset(dataset, name=name, split=split, streaming=True, revision=self.revision)
+        except Exception as error:  # no such name, no network, a private dataset: the client has a class for each
             raise UserError(
-                f"dataset {label} broke off after row {row:,}: {first_line(error)}; start it anew"
+                f"dataset {self.label} cannot be opened: {first_line(error)}; check the name and the network, or use"
+                " --files"
             ) from None
-        row += 1
-        yield f"{label} row {row}", record
+
+    def describe(self) -> dict:
+        """What a manifest says of the dataset."""
+        return {"dataset": self.dataset, "name": self.name, "revision": self.revision}
+
+    @property
+    def position(self) -> dict:
+        """Where the stream is, for JSON: file and row, as `datasets` counts them."""
+        return {"row": self.row, "stream": self.stream.state_dict()}
+
+    def records(self, position: dict | None = None) -> Iterator[Record]:
+        """All records, or those after a `position` that this source once had, without reading the files before.
+
+        Raises `UserError` where the network fails beyond the client's retries.
+        """
+        if position is not None:
+            self.row = position["row"]
+            self.stream.load_state_dict(position["stream"])
+        rows = iter(self.stream)
+        while True:
+            try:
+                record = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise UserError(
+                    f"dataset {self.label} broke off after row {self.row:,}: {first_line(error)}; run it again to go on"
+                ) from None
+            self.row += 1
+            yield f"{self.label} row {self.row}", record
 
 
 def first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ touches a checkpoint: making the folder, writing, flushing, renaming, deleting. 
 """
 
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -23,8 +24,11 @@ FLAGS = ("--model", "tiny", "--batch_tokens", 512, "--micro_batch_size", 8, "--l
 OFTEN = ("--steps", 24, "--save_every", 2, "--val_every", 8, "--val_tokens", 640)
 
 
+WATCHED = re.compile(r"step_\d|\.npy|/meta\.json|/incomplete\.json")
+
+
 def kill_before(n: int) -> None:
-    """Arrange that this process dies before the n-th call from now on that touches a checkpoint."""
+    """Arrange that this process dies before the n-th call from now on that touches a checkpoint or a shard."""
     import safetensors.torch
 
     count = 0
@@ -36,7 +40,7 @@ def kill_before(n: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(name: str, args: tuple) -> None:
-        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and "step_" in str(args[0]):
+        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and WATCHED.search(str(args[0])):
             event()
 
     def fsync(handle: int, real=os.fsync) -> None:

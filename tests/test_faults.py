@@ -1,5 +1,6 @@
 """What a run survives: kills, signals, limits, damage, a full disk, numbers that go wrong, a second run beside it."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,9 +16,11 @@ from conftest import ROOT, TRAIN, TUNE, read_log, start
 from torch import nn
 
 import checkpoint
+from cli import UserError
 from data import Batch
 from model import GPT, GPTConfig
 from runs import MAX_SKIPPED, STOPPED
+from shards import read_meta
 from training import Processes, build_optimizer, train_step
 
 LONG = ("--model", "tiny", "--batch_tokens", 1024, "--micro_batch_size", 8, "--lr", 3e-3, "--dropout", 0.1)
@@ -57,6 +60,36 @@ def whole(tmp_path_factory, text_data) -> Path:
 def test_thirty_kills(text_data, tmp_path):
     """Before each system call of a save, so to speak: see soak.py; `make soak` does it two hundred times."""
     assert soak.survive(30, text_data, tmp_path) >= 1
+
+
+def test_preparation_is_killed_and_goes_on(tmp_path):
+    """Killed before each call that touches a shard, it ends with the bytes of a run in peace, and begins not anew."""
+    (tmp_path / "a.txt").write_text("".join(f"Paragraph {i} says {i * i}.\n\n" for i in range(150_000)))
+    flags = ("--tokenizer", "bytes", "--val_fraction", 0.2, "--shard_tokens", 400_000)
+    args = ("prepare_fineweb.py", "--files", tmp_path / "a.txt", *flags)
+    soak.launch(*args, "--out", tmp_path / "peace")
+    for kill_at in (*range(1, 60, 3), None):
+        done = soak.launch(*args, "--out", tmp_path / "out", kill_at=kill_at)
+        whole = (tmp_path / "out" / "meta.json").exists()
+        assert done.returncode == (0 if kill_at is None else -signal.SIGKILL) or whole, done.stderr
+        if not whole:
+            with pytest.raises(UserError, match="half-written"):
+                read_meta(tmp_path / "out", "text")
+    peace, out = ({file.name: file.read_bytes() for file in (tmp_path / f).iterdir()} for f in ("peace", "out"))
+    assert out == peace
+
+
+def test_preparation_does_not_begin_anew(tmp_path):
+    """After a kill at the end, no more is tokenised than the last shard or so."""
+    (tmp_path / "a.txt").write_text("".join(f"Paragraph {i} says {i * i}.\n\n" for i in range(400_000)))
+    flags = ("--tokenizer", "bytes", "--val_fraction", 0.2, "--shard_tokens", 1_000_000)
+    args = ("prepare_fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "out", *flags)
+    soak.launch(*args, kill_at=70)
+    progress = json.loads((tmp_path / "out" / "incomplete.json").read_text())["progress"]
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("train_*.npy")}
+    assert progress["position"] > 100 and len(kept) > 2
+    assert soak.launch(*args).returncode == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items() if file.name in str(progress))
 
 
 def test_torchrun_restarts_a_dead_process(text_data, whole, tmp_path):

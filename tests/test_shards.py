@@ -35,7 +35,7 @@ def several_writers_in_one_process(monkeypatch):
 
 def make_dataset(folder: Path, description: dict = DESCRIPTION) -> Path:
     """A small complete dataset."""
-    assert open_output(folder, description)
+    assert open_output(folder, description) is not None
     splits = {}
     for split, tokens in {"train": [256, 1, 2, 3, 4], "val": [256, 5, 6]}.items():
         writer = ShardWriter(folder, split, 2)
@@ -110,16 +110,16 @@ def test_validation_is_a_matter_of_the_document_alone():
 
 def test_a_fresh_folder_is_made_and_marked(tmp_path):
     folder = tmp_path / "deep" / "data"
-    assert open_output(folder, DESCRIPTION)
+    assert open_output(folder, DESCRIPTION) is not None
     assert [file.name for file in folder.iterdir()] == [INCOMPLETE]
-    assert json.loads((folder / INCOMPLETE).read_text()) == DESCRIPTION
+    assert json.loads((folder / INCOMPLETE).read_text()) == DESCRIPTION | {"progress": {}}
 
 
 def test_a_complete_folder_is_left_alone(tmp_path):
     folder = make_dataset(tmp_path / "data")
     before = contents(folder)
     assert INCOMPLETE not in before and "meta.json" in before
-    assert not open_output(folder, DESCRIPTION)
+    assert open_output(folder, DESCRIPTION) is None
     assert contents(folder) == before
 
 
@@ -139,9 +139,9 @@ def test_what_an_interrupted_run_left_is_removed(tmp_path):
     for name in ("train_000007.npy", "val_000000.npy.tmp"):
         (folder / name).write_bytes(b"half")
     (folder / INCOMPLETE).write_text(json.dumps(DESCRIPTION))
-    assert open_output(folder, DESCRIPTION)
+    assert open_output(folder, DESCRIPTION) is not None
     assert [file.name for file in folder.iterdir()] == [INCOMPLETE]
-    assert open_output(folder, DESCRIPTION | {"tokenizer": "gpt2"})  # nothing is lost: no shard was finished
+    assert open_output(folder, DESCRIPTION | {"tokenizer": "gpt2"}) == {}  # nothing is lost: no shard was finished
     assert json.loads((folder / INCOMPLETE).read_text())["tokenizer"] == "gpt2"
 
 
@@ -159,7 +159,7 @@ def test_what_another_command_left_half_written_stays(tmp_path):
 def test_interrupted_after_the_manifest_is_complete(tmp_path):
     folder = make_dataset(tmp_path / "data")
     (folder / INCOMPLETE).write_text("{}")
-    assert not open_output(folder, DESCRIPTION)
+    assert open_output(folder, DESCRIPTION) is None
     assert read_meta(folder, "text")["tokenizer"] == "bytes"
 
 
@@ -172,7 +172,7 @@ def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path, name):
 
 
 def test_an_empty_folder_is_used(tmp_path):
-    assert open_output(tmp_path, DESCRIPTION)
+    assert open_output(tmp_path, DESCRIPTION) is not None
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Which files a pattern names, and what comes out of each kind of file and of the hub."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 import sources
 from cli import UserError
-from sources import TXT_DOCUMENT, expand, hub_dataset, read_files, read_stream
+from sources import TXT_DOCUMENT, FileSource, HubSource, expand, read_files
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -205,17 +207,36 @@ def test_hub_out_of_reach_is_one_line(run_script, tmp_path, script):
     assert not (tmp_path / "out").exists()
 
 
-def test_hub_dataset_streams_the_revision_that_it_names():
-    rows = [{"text": "one"}, {"text": "two"}]
-    with (
-        mock.patch("huggingface_hub.HfApi") as api,
-        mock.patch("datasets.load_dataset", return_value=rows) as load,
-    ):
+def hub_source(generate) -> HubSource:
+    """A source whose stream is a real one of `datasets`, without a hub."""
+    stream = datasets.IterableDataset.from_generator(generate)
+    with mock.patch("huggingface_hub.HfApi") as api, mock.patch("datasets.load_dataset", return_value=stream) as load:
         api.return_value.dataset_info.return_value = SimpleNamespace(sha="c0ffee")
-        revision, stream = hub_dataset("some/one", "small")
-    assert revision == "c0ffee"
+        source = HubSource("some/one", "small")
     load.assert_called_once_with("some/one", name="small", split="train", streaming=True, revision="c0ffee")
-    assert list(stream) == [("some/one/small row 1", rows[0]), ("some/one/small row 2", rows[1])]
+    return source
+
+
+def ten_rows():
+    yield from ({"text": str(i)} for i in range(10))
+
+
+def test_hub_dataset_streams_the_revision_that_it_names():
+    source = hub_source(ten_rows)
+    assert source.describe() == {"dataset": "some/one", "name": "small", "revision": "c0ffee"}
+    records = list(source.records())
+    assert records[1] == ("some/one/small row 2", {"text": "1"}) and len(records) == 10
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 10])
+def test_a_source_goes_on_where_it_was(tmp_path, n):
+    """After a position that went through JSON, as in a file, the same records follow with the same names."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ten_rows()))
+    for make in (lambda: hub_source(ten_rows), lambda: FileSource([tmp_path / "a.jsonl"])):
+        first, whole = make(), list(make().records())
+        assert list(itertools.islice(first.records(), n)) == whole[:n]
+        position = json.loads(json.dumps(first.position))
+        assert list(make().records(position)) == whole[n:]
 
 
 def test_a_stream_that_breaks_off_says_where():
@@ -224,11 +245,12 @@ def test_a_stream_that_breaks_off_says_where():
         yield {"text": "two"}
         raise ConnectionError("reset by peer\nand much more")
 
-    found = read_stream("some/one", stream())
-    assert [next(found)[0], next(found)[0]] == ["some/one row 1", "some/one row 2"]
+    found = hub_source(stream).records()
+    assert [next(found)[0], next(found)[0]] == ["some/one/small row 1", "some/one/small row 2"]
     with pytest.raises(UserError) as error:
         next(found)
-    assert str(error.value) == "dataset some/one broke off after row 2: reset by peer; start it anew"
+    message = "dataset some/one/small broke off after row 2: reset by peer; run it again to go on"
+    assert str(error.value) == message
 
 
 def test_an_error_without_words_is_named_by_its_class():
@@ -236,8 +258,8 @@ def test_an_error_without_words_is_named_by_its_class():
         raise TimeoutError
         yield
 
-    with pytest.raises(UserError, match="broke off after row 0: TimeoutError; start it anew"):
-        next(read_stream("some/one", stream()))
+    with pytest.raises(UserError, match="broke off after row 0: TimeoutError; run it again"):
+        next(hub_source(stream).records())
 
 
 @pytest.mark.parametrize("spot", ["footer", "page"])
