@@ -8,14 +8,20 @@ last, which makes the folder complete: what the data is, where it came from, and
            train_learned.npy   bool, whether the token is one that the assistant learns to say
            train_offsets.npy   int64, n + 1 of them: conversation i is tokens[offsets[i] : offsets[i + 1]]
            and the same for val
+
+    python shards.py data/fineweb_edu                               # compare every file with its checksum
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 
-from cli import UserError, check
+import cli
+from cli import Progress, UserError, check
 from files import lock, publish, read_json, sha256, write_json
 
 FORMAT_VERSION = 1
@@ -152,7 +158,7 @@ def read_meta(folder: Path, kind: str) -> dict:
 
     Raises `UserError`: no such folder, half-written, or of another kind or version.
     """
-    script = {"text": "prepare_fineweb.py", "chat": "prepare_dolly.py"}[kind]
+    script = {"text": "prepare_fineweb.py", "chat": "prepare_dolly.py"}.get(kind, "the preparation")
     check(folder.is_dir(), f"{folder}: no such dataset folder; make it with {script}, or name another with --data")
     check(
         not (folder / INCOMPLETE).exists() or (folder / "meta.json").exists(),
@@ -215,3 +221,34 @@ def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
     for name, _ in [entry for entries in named.values() for entry in entries]:
         check(Path(name).name == name, f"{folder}/meta.json names {name!r}, which is not a file in the folder")
     return {split: [open_array(folder / name, length) for name, length in named[split]] for split in SPLITS}
+
+
+# ---- python shards.py FOLDER ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The dataset folder to verify."""
+
+
+def main(config: Config) -> None:
+    """Compare every file of a dataset folder with its length and checksum."""
+    check(
+        (config.folder / "meta.json").exists(), f"{config.folder} has no meta.json: there are no checksums to compare"
+    )
+    meta = read_meta(config.folder, read_json(config.folder / "meta.json").get("kind", "text"))
+    arrays = open_arrays(config.folder, meta)
+    entries = [entry for split in SPLITS for entry in meta[split]["files"]]
+    progress = Progress(len(entries), "file")
+    for entry in entries:
+        whole = sha256(config.folder / entry["file"]) == entry.get("sha256")
+        check(whole, f"{config.folder / entry['file']} is damaged: its checksum is wrong; prepare the dataset again")
+        progress.update(1)
+    progress.close()
+    size = sum(array.nbytes for split in SPLITS for array in arrays[split]) / 1e6
+    print(f"{config.folder} is whole: {len(entries)} files, {size:,.1f} MB")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -327,3 +328,15 @@ def test_an_archive_is_no_array(tmp_path):
     (tmp_path / "a.npz").rename(tmp_path / "a.npy")
     with pytest.raises(UserError, match="is damaged or truncated"):
         open_array(tmp_path / "a.npy", 3)
+
+
+def test_every_file_can_be_compared_with_its_checksum(run_script, fails, text_data, tmp_path):
+    """A flipped bit changes no length: only the checksum finds it."""
+    shutil.copytree(text_data, tmp_path / "data")
+    assert "data is whole: " in run_script("shards.py", "data").stdout
+    shard = tmp_path / "data" / "train_000001.npy"
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1
+    shard.write_bytes(content)
+    assert "train_000001.npy is damaged" in fails("shards.py", "data")
+    assert "no checksums to compare" in fails("shards.py", "nowhere")
