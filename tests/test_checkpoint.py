@@ -219,6 +219,13 @@ def test_a_meta_without_its_model_is_refused(saved):
     assert f"{saved} is damaged" in refused(load_all, saved)
 
 
+@pytest.mark.parametrize("size", [{"n_layer": 10**9}, {"n_embd": 10**9, "n_head": 1}, {"block_size": 10**12}])
+def test_no_memory_is_taken_on_the_word_of_a_file(saved, size):
+    """A model of these sizes would never be built; the file is too small for it, which is seen first."""
+    edit_meta(saved, model=asdict(CONFIG) | size)
+    assert "too small for its model" in refused(load_all, saved)
+
+
 @pytest.mark.parametrize("name", ["files", "metrics", "tokenizer"])
 @pytest.mark.parametrize("value", [None, [], 7])
 def test_a_meta_of_wrong_types_is_refused(saved, name, value):

@@ -537,3 +537,12 @@ def test_adapted_model_learns():
     assert all(parameter.grad is not None for parameter in adapted.parameters())
     optimizer.step()
     assert adapted(tokens, tokens) < before
+
+
+@pytest.mark.parametrize("size", [{"n_layer": 10**9}, {"n_embd": 10**9, "n_head": 1}, {"n_positions": 10**12}])
+def test_no_memory_is_taken_on_the_word_of_a_config(tmp_path, size):
+    GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | size
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="too small for the model"):
+        GPT.from_pretrained(tmp_path)
