@@ -90,7 +90,7 @@ class Run:
         if procs.is_main:
             self.lock = lock(self.folder)
         self.newest = checkpoint.newest_whole(self.folder, tell=procs.is_main)
-        self.stop_reason, self.started = "", time.monotonic()
+        self.stop_reason, self.started, self.signalled = "", time.monotonic(), 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         if self.newest is not None:
@@ -155,10 +155,10 @@ class Run:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         # torchrun passes on a Ctrl-C that all processes have had from the terminal: within a second it is the same one.
-        if number == signal.SIGINT and self.stop_reason and time.monotonic() - self.signalled > 1:
+        if number == signal.SIGINT and self.signalled and time.monotonic() - self.signalled > 1:
             os._exit(130)
-        if not self.stop_reason:
-            self.stop_reason, self.signalled = signal.Signals(number).name, time.monotonic()
+        self.stop_reason = self.stop_reason or signal.Signals(number).name
+        self.signalled = self.signalled or time.monotonic()
 
     def stop_requested(self) -> bool:
         """Whether a signal or --max_minutes asks for an end, of any process: then all stop after the same step."""
