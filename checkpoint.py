@@ -94,13 +94,13 @@ def load_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
 def load_weights(folder: Path, meta: dict) -> GPT:
     """The model of a checkpoint.  Raises `UserError` where its files are damaged or do not fit each other."""
     try:
-        config = GPTConfig(**meta["model"])
-        size = (folder / "model.safetensors").stat().st_size
-        check(size >= 4 * config.num_parameters, f"{folder} is damaged: model.safetensors is too small for its model")
+        config, weights = GPTConfig(**meta["model"]), load_tensors(folder, "model", meta)
+        stored = sum(weight.numel() for weight in weights.values())
+        check(stored >= config.num_parameters, f"{folder} is damaged: model.safetensors is too small for its model")
         with torch.device("meta"):
             model = GPT(config)
-        model.load_state_dict(load_tensors(folder, "model", meta), assign=True)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        model.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged: {' '.join(str(error).split())}") from None
     return model
 
