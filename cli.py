@@ -108,7 +108,7 @@ class Progress:
         if not self.total or self.done <= self.initial:
             return ""
         elapsed = time.perf_counter() - self.started
-        return f"{tqdm.format_interval(elapsed / (self.done - self.initial) * (self.total - self.done))} left"
+        return f"{tqdm.format_interval(elapsed / (self.done - self.initial) * max(0, self.total - self.done))} left"
 
     def print(self, line: str) -> None:
         """Print a line of its own, above the bar if there is one."""

@@ -79,7 +79,7 @@ class TokenDataset(Dataset):
             check(
                 n_rows > 0,
                 f"{folder}: the {split} split has {self.starts[split][-1]} tokens, too few for one"
-                f" row of {block_size} and its targets",
+                f" row of {block_size} and its targets: prepare more text, or with another --val_fraction",
             )
 
     def window(self, split: str, start: int, length: int) -> np.ndarray:
@@ -100,7 +100,7 @@ class TokenDataset(Dataset):
         check(
             largest < self.tokenizer.vocab_size,
             f"{self.folder} holds token {largest}, but {self.tokenizer.name} has {self.tokenizer.vocab_size} tokens:"
-            " prepare the dataset again",
+            " delete the folder and prepare it again",
         )
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
@@ -119,10 +119,13 @@ class ChatDataset(Dataset):
             ends = len(offsets) > 1 and (int(offsets[0]), int(offsets[-1])) == (0, len(tokens))
             check(
                 len(learned) == len(tokens) and ends,
-                f"{folder}: the {split} arrays do not fit each other; prepare the dataset again",
+                f"{folder}: the {split} arrays do not fit each other; delete the folder and prepare it again",
             )
             lengths = np.diff(offsets) - 1  # a conversation's last token is a target only
-            check(int(lengths.min()) > 0, f"{folder}: the {split} offsets do not rise; prepare the dataset again")
+            check(
+                int(lengths.min()) > 0,
+                f"{folder}: the {split} offsets do not rise; delete the folder and prepare it again",
+            )
             check(
                 int(lengths.max()) <= block_size,
                 f"{folder} holds a conversation of {lengths.max() + 1} tokens, and the model's context is {block_size}:"
@@ -150,7 +153,8 @@ class ChatDataset(Dataset):
         largest = max(int(inputs.max()), int(targets.max()))
         check(
             largest < self.tokenizer.chat_vocab_size,
-            f"{self.folder} holds token {largest}, which {self.tokenizer.name} has not: prepare the dataset again",
+            f"{self.folder} holds token {largest}, which {self.tokenizer.name} has not: delete the folder and"
+            " prepare it again",
         )
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions))
 

@@ -10,6 +10,7 @@ Dolly-15k are some six hundred steps: minutes on one GPU.
 """
 
 import math
+import shlex
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -133,7 +134,7 @@ def main(config: Config) -> None:
         run.stop(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
-        print(f"next: python generate.py --checkpoint {run.folder} --chat")
+        print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --chat")
     procs.close()
 
 

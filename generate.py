@@ -62,6 +62,7 @@ def main(config: Config) -> None:
     source = config.checkpoint or ("runs/dolly" if checkpoint.checkpoints(run_folder("dolly")) else "runs/gpt2")
     loaded = checkpoint.load(source)
     check(loaded.chat or not config.chat, f"{loaded.source} is not a chat model: finetune it first, or use --prompt")
+    check(config.system is None or (loaded.chat and not config.raw), "--system is for a chat model, and without --raw")
     loaded.model.to(device, dtype=getattr(torch, config.dtype)).eval()
     writer = Writer(config, loaded, device)
     if config.chat:
@@ -137,12 +138,16 @@ class Writer:
         texts = [""] * config.num_samples
         if alone:
             show(echo)
-        for tokens in self.tokens(prompt):
-            for i, token in enumerate(tokens):
-                if token is not None:
-                    texts[i] += (piece := streams[i].add(token))
-                    if alone:
-                        show(piece)
+        try:
+            for tokens in self.tokens(prompt):
+                for i, token in enumerate(tokens):
+                    if token is not None:
+                        texts[i] += (piece := streams[i].add(token))
+                        if alone:
+                            show(piece)
+        except KeyboardInterrupt:
+            show("\n")
+            raise
         for i, stream in enumerate(streams):
             texts[i] += (piece := stream.end())
             show(piece + "\n" if alone else f"--- sample {i + 1}\n{echo}{texts[i]}\n")

@@ -13,6 +13,7 @@ Writes `.npy` arrays and `meta.json` into `--out`, where `finetune.py` reads the
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class Conversations:
 def main(config: Config) -> None:
     cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
     cli.check_range("block_size", config.block_size, 16)
+    check(not config.files or config.dataset == Config.dataset, "--files and --dataset exclude each other: give one")
     tokenizer = load_tokenizer(config.tokenizer)
     source = open_source(config)
     description = describe(config, tokenizer, source)
@@ -155,10 +157,11 @@ def check_splits(splits: dict[str, Conversations], config: Config, counts: dict)
     why = f"of {counts['records']} records {counts['dropped']} are too long and {counts['skipped_empty']} are empty"
     check(total > 0, f"no conversations to learn: {why}")
     for name, split in splits.items():
+        direction = "larger" if name == "val" else "smaller"
         check(
             len(split.tokens) > 0,
             f"none of the {total} conversations fell into the {name} split at --val_fraction"
-            f" {config.val_fraction}: choose another fraction",
+            f" {config.val_fraction}: choose a {direction} one, or give more conversations",
         )
 
 
@@ -183,7 +186,8 @@ def summarise(config: Config, manifest: dict, counts: dict) -> None:
         f"{counts['records']:,} records, {counts['shortened']} of them shortened to {config.block_size} tokens; not"
         f" kept are {counts['dropped']} with an answer longer than that and {counts['skipped_empty']} with an empty one"
     )
-    print(f"-> {config.out}; next: python finetune.py --data {config.out}")
+    own = f" --init RUN --data {shlex.quote(str(config.out))} --run {config.out.name}"
+    print(f"-> {config.out}; next: python finetune.py{'' if config.out == Config.out else own}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Writes `.npy` shards and `meta.json` into `--out`, where `pretrain.py` reads the
 the same command goes on from the last finished shard.
 """
 
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def main(config: Config) -> None:
 
 
 def check_config(config: Config) -> None:
+    check(not config.files or config.dataset == FINEWEB_EDU, "--files and --dataset exclude each other: give one")
     cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
     cli.check_range("shard_tokens", config.shard_tokens, 1, 2**31)
     if config.max_tokens is not None:
@@ -153,10 +155,11 @@ def finish(writers: dict[str, ShardWriter], config: Config, skipped: int) -> dic
     documents = sum(writer.documents for writer in writers.values())
     check(documents > 0, f"no documents: the source holds none that is not empty ({skipped} empty ones)")
     for split, writer in writers.items():
+        direction = "larger" if split == "val" else "smaller"
         check(
             writer.documents > 0,
             f"none of the {documents} documents fell into the {split} split at --val_fraction"
-            f" {config.val_fraction}: choose another fraction",
+            f" {config.val_fraction}: choose a {direction} one, or give more documents",
         )
     return {split: writer.close() for split, writer in writers.items()}
 
@@ -166,7 +169,8 @@ def summarise(config: Config, splits: dict, skipped: int, seconds: float) -> Non
     for name, split in splits.items():
         print(f"{name}: {split['tokens']:,} tokens in {split['documents']:,} documents, {len(split['files'])} shards")
     print(f"{tokens:,} tokens in all, {skipped} empty documents skipped, {seconds:.0f} s -> {config.out}")
-    print(f"next: python pretrain.py --data {config.out}")
+    run = "" if config.out == Config.out else f" --data {shlex.quote(str(config.out))} --run {config.out.name}"
+    print(f"next: python pretrain.py{run}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ The same command again goes on where the run stopped.  GPT-2 124M on 10 billion 
 takes 19,073 steps of 524,288 tokens; the README works out the hours and the price.
 """
 
+import shlex
 import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -97,7 +98,10 @@ def main(config: Config) -> None:
     trained = parallelize(model, procs, config.compile)
     if procs.is_main:
         epochs = config.steps * rows / data.n_rows["train"]
-        print(f"data       {config.data}: {data.n_rows['train']:,} rows of {block_size} {data.tokenizer.name} tokens")
+        print(
+            f"data       {config.data}: {data.n_rows['train']:,} rows of {block_size} tokens,"
+            f" tokenizer {data.tokenizer.name}"
+        )
         print(f"run        {run.folder}: {config.steps:,} steps, {epochs:.2f} epochs, {step:,} steps done")
         describe(config, config.model, model, procs, rows)
     log = Log(run, model, step, config.steps, config.batch_tokens)
@@ -128,7 +132,7 @@ def main(config: Config) -> None:
         run.stop(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
-        print(f"next: python generate.py --checkpoint {run.folder} --prompt 'Once upon a time'")
+        print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --prompt 'Once upon a time'")
     procs.close()
 
 

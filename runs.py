@@ -97,6 +97,9 @@ class Run:
             self._check_same(checkpoint.read_meta(self.newest).get("identity", {}), self.identity)
 
     def _check_same(self, held: dict, now: dict) -> None:
+        check(
+            ("init" in held) == ("init" in now), f"{self.folder} is a run of the other training script: choose another"
+        )
         names = [name for name in {**held, **now} if held.get(name) != now.get(name)]
         changes = ", ".join(f"{name} was {held.get(name)} and is now {now.get(name)}" for name in names)
         check(

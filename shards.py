@@ -48,7 +48,10 @@ def open_output(folder: Path, description: dict) -> dict | None:
     if complete or (folder / INCOMPLETE).exists():
         held = read_json(folder / ("meta.json" if complete else INCOMPLETE))
         changed = [key for key in description if held.get(key) != description[key]]
-        differences = "; ".join(f"{key} is {held.get(key)}, not {description[key]}" for key in changed)
+        differences = "; ".join(
+            "the source is another" if key == "source" else f"{key} is {held.get(key)}, not {description[key]}"
+            for key in changed
+        )
         check(
             not changed or not any(folder.glob("*.npy")),  # without a finished array there is nothing to lose
             f"{folder} already holds another{'' if complete else ', half-written'} dataset ({differences}):"
@@ -203,12 +206,15 @@ def open_array(file: Path, length: int | None = None) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{file} is missing: prepare the dataset again") from None
+        raise UserError(f"{file} is missing: delete {file.parent} and prepare it again") from None
     except (ValueError, EOFError) as error:  # a broken header, fewer bytes than the header says, none at all
-        raise UserError(f"{file} is damaged or truncated: {error}") from None
+        raise UserError(f"{file} is damaged or truncated: {error}; delete {file.parent} and prepare it again") from None
     check(isinstance(array, np.ndarray), f"{file} is damaged or truncated: it holds no array")  # but a .npz archive
     check(array.ndim == 1, f"{file} has {array.ndim} dimensions, expected 1")
-    check(length in (None, len(array)), f"{file} has {len(array)} entries, its manifest says {length}")
+    check(
+        length in (None, len(array)),
+        f"{file} has {len(array)} entries, its manifest says {length}: delete {file.parent} and prepare it again",
+    )
     return array
 
 
@@ -217,7 +223,7 @@ def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
     try:
         named = {split: [(entry["file"], entry["length"]) for entry in meta[split]["files"]] for split in SPLITS}
     except (KeyError, TypeError):
-        raise UserError(f"{folder}/meta.json is damaged: prepare the dataset again") from None
+        raise UserError(f"{folder}/meta.json is damaged: delete {folder} and prepare it again") from None
     for name, _ in [entry for entries in named.values() for entry in entries]:
         check(Path(name).name == name, f"{folder}/meta.json names {name!r}, which is not a file in the folder")
     return {split: [open_array(folder / name, length) for name, length in named[split]] for split in SPLITS}
@@ -243,7 +249,11 @@ def main(config: Config) -> None:
     progress = Progress(len(entries), "file")
     for entry in entries:
         whole = sha256(config.folder / entry["file"]) == entry.get("sha256")
-        check(whole, f"{config.folder / entry['file']} is damaged: its checksum is wrong; prepare the dataset again")
+        check(
+            whole,
+            f"{config.folder / entry['file']} is damaged: its checksum is wrong; delete {config.folder} and prepare it"
+            " again",
+        )
         progress.update(1)
     progress.close()
     size = sum(array.nbytes for split in SPLITS for array in arrays[split]) / 1e6

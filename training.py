@@ -141,6 +141,7 @@ def batch_rows(batch_tokens: int, micro_batch_size: int, block_size: int, world_
 
 def check_training(config: Any) -> None:
     """Check the values that both scripts have, before any work starts.  Raises `UserError`."""
+    check(config.run.strip() != "", "--run is empty: give the run a name")
     for name in ("batch_tokens", "micro_batch_size", "val_every", "save_every", "keep"):
         check_range(name, getattr(config, name), 1)
     check_range("lr", config.lr, 0, 1, open_low=True)

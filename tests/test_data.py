@@ -206,7 +206,9 @@ def test_a_token_beyond_the_vocabulary(tmp_path, place):
     tokens[place] = 257
     data = TokenDataset(text_folder(tmp_path, tokens, np.arange(20)), 8)
     data.batch("val", [0])
-    with pytest.raises(UserError, match="holds token 257, but bytes has 257 tokens: prepare the dataset again"):
+    with pytest.raises(
+        UserError, match="holds token 257, but bytes has 257 tokens: delete the folder and prepare it again"
+    ):
         data.batch("train", [0])
 
 
@@ -312,7 +314,7 @@ def test_arrays_that_do_not_fit_each_other(tmp_path, name, array, message):
 def test_a_chat_token_beyond_the_vocabulary(tmp_path):
     conversations = [([256, 257, 261, 260], [False, False, False, True])]
     data = ChatDataset(chat_folder(tmp_path, conversations, conversations), 8)
-    with pytest.raises(UserError, match="holds token 261, which bytes has not: prepare the dataset again"):
+    with pytest.raises(UserError, match="holds token 261, which bytes has not: delete the folder and prepare it again"):
         data.batch("train", [0])
 
 

@@ -138,7 +138,7 @@ def test_all_conversations_come_back_with_the_manifest(prepare, tmp_path):
         assert f"{split}: {len(both)} conversations, {found[split]['learned_tokens']:,} of" in done.stdout
         for tokens, _ in both:  # a marker in the text is never a special token
             assert [token for token in tokens if token >= BYTES.end_of_text] == [256, 258, 260, 259, 260]
-    assert "next: python finetune.py --data out" in done.stdout and done.stderr == ""
+    assert "next: python finetune.py --init RUN --data out --run out" in done.stdout and done.stderr == ""
 
 
 def test_gpt2_tokens(prepare, tmp_path, gpt2_tokenizer):

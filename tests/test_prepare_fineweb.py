@@ -205,7 +205,7 @@ def test_other_data_in_the_folder_stays(prepare, tmp_path):
     before = contents(tmp_path / "out")
     assert "val_fraction is 0.2, not 0.3" in error_of(prepare(val_fraction=0.3, expect=2))
     write_jsonl(tmp_path / "texts.jsonl", TEXTS[:-1])
-    assert "out already holds another dataset (source is " in error_of(prepare(expect=2))
+    assert "out already holds another dataset (the source is another" in error_of(prepare(expect=2))
     assert contents(tmp_path / "out") == before
 
 

@@ -231,7 +231,7 @@ def test_a_folder_without_any_shards(tmp_path):
 def test_a_manifest_with_damaged_entries(tmp_path, files):
     folder = make_dataset(tmp_path / "data")
     change_meta(folder, train={"files": files})
-    with pytest.raises(UserError, match=r"meta.json is damaged: prepare the dataset again"):
+    with pytest.raises(UserError, match=r"meta.json is damaged: delete .* and prepare it again"):
         open_arrays(folder, read_meta(folder, "text"))
 
 
@@ -254,7 +254,7 @@ def test_an_array_of_another_length_than_the_manifest_says(tmp_path):
 def test_an_array_that_is_missing(tmp_path):
     folder = make_dataset(tmp_path / "data")
     (folder / "val_000001.npy").unlink()
-    with pytest.raises(UserError, match=r"val_000001\.npy is missing: prepare the dataset again"):
+    with pytest.raises(UserError, match=r"val_000001\.npy is missing: delete .* and prepare it again"):
         open_arrays(folder, read_meta(folder, "text"))
 
 
