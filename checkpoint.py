@@ -217,7 +217,8 @@ def load(source: str) -> Loaded:
     try:
         model = GPT.from_pretrained(folder if folder.is_dir() else source)
     except (OSError, ValueError) as error:
-        raise UserError(f"{error}; there is no run {run_folder(source)} either") from None
+        also = "" if folder.is_dir() else f"; there is no run {run_folder(source)} either"
+        raise UserError(f"{error}{also}") from None
     return identify(model, load_tokenizer("gpt2"), source)
 
 

@@ -62,7 +62,7 @@ def test_packed_loss_equals_unpacked(chat_data):
 
 def test_resumed_equals_uninterrupted(run_script, chat_data, pretrained, tmp_path):
     """With dropout, which must be drawn anew as it would have been; --init is not needed any more."""
-    args = ("finetune.py", "--data", chat_data, *TUNE, *OFTEN, "--dropout", 0.2)
+    args = ("finetune.py", "--data", chat_data, *TUNE, *OFTEN, "--dropout", 0.2, "--deterministic")
     shutil.copytree(pretrained, tmp_path / "base")
     run_script(*args, "--init", "./base", "--run", "./whole")
     shutil.rmtree(tmp_path / "base")

@@ -19,6 +19,7 @@ from training import (
     find_dtype,
     lr_at,
     seed_step,
+    start_processes,
     train_step,
     validate,
 )
@@ -130,6 +131,16 @@ def test_device_and_precision():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no such device"):
             find_device("cuda")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_kernels_are_asked_for(monkeypatch, deterministic):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which the function would leave set
+    try:
+        start_processes("cpu", None, deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_autocast_changes_the_precision_of_products_only():
