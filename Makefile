@@ -35,7 +35,7 @@ demo: $(VENV)/installed
 	@echo; echo "Talk to it: $(PY) generate.py --checkpoint runs/demo_chat --chat"
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --dist worksteal
 
 soak: $(VENV)/installed-dev
 	$(PY) tests/soak.py --kills 200

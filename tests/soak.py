@@ -3,11 +3,14 @@
     make soak                                                       # 200 kills
     .venv/bin/python tests/soak.py --kills 50
 
-Each launch is a real process that kills itself (SIGKILL, which nothing can catch) before the n-th system call that
-touches a checkpoint: making the folder, writing, flushing, renaming, deleting.  A write is cut in the middle.
+Each launch is a real process that dies by SIGKILL, which nothing can catch: two of three before the n-th system call
+that changes a checkpoint (making the folder, writing, flushing, renaming, deleting; a write is cut in the middle),
+every third at a random time.
 """
 
+import json
 import os
+import random
 import re
 import runpy
 import shutil
@@ -15,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,20 +31,26 @@ OFTEN = ("--steps", 24, "--save_every", 2, "--val_every", 8, "--val_tokens", 640
 WATCHED = re.compile(r"step_\d|\.npy|/meta\.json|/incomplete\.json")
 
 
-def kill_before(n: int) -> None:
-    """Arrange that this process dies before the n-th call from now on that touches a checkpoint or a shard."""
+def kill_self(when: int | float) -> None:
+    """Arrange that this process dies: before the n-th call from now on that changes a checkpoint or a shard, or, where
+    `when` is not a whole number, after so many seconds."""
     import safetensors.torch
 
     count = 0
 
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def event() -> None:
         nonlocal count
         count += 1
-        if count == n:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if count == when:
+            die()
 
     def audit(name: str, args: tuple) -> None:
-        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and WATCHED.search(str(args[0])):
+        changes = name in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        changes |= name == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and WATCHED.search(str(args[0])):
             event()
 
     def fsync(handle: int, real=os.fsync) -> None:
@@ -49,17 +59,21 @@ def kill_before(n: int) -> None:
 
     def save_file(tensors: dict, file: Path, real=safetensors.torch.save_file) -> None:
         real(tensors, file)
-        if count + 1 == n:
+        if count + 1 == when:
             os.truncate(file, file.stat().st_size // 2)
         event()
 
     os.fsync, safetensors.torch.save_file = fsync, save_file
     sys.addaudithook(audit)
+    if isinstance(when, float):
+        timer = threading.Timer(when, die)
+        timer.daemon = True
+        timer.start()
 
 
-def launch(script: str, *args: object, kill_at: int | None = None) -> subprocess.CompletedProcess:
-    """Run a script in a process of its own, which dies before its `kill_at`-th call that touches a checkpoint."""
-    command = [sys.executable, __file__, "--run", str(kill_at or 0), str(ROOT / script), *map(str, args)]
+def launch(script: str, *args: object, kill: int | float | None = None) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own, which dies as `kill_self` has it."""
+    command = [sys.executable, __file__, "--run", json.dumps(kill), str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
 
 
@@ -74,11 +88,13 @@ def survive(kills: int, data: Path, work: Path, report=lambda line: None) -> int
     done = launch(*args, "--run", work / "peace")
     assert done.returncode == 0, done.stderr
     survived = runs = 0
+    at_random = random.Random(0)
     while survived < kills:
         run, newest = work / f"run_{runs}", -1
         while True:
-            kill_at = 1 + (7 * survived + survived // 7) % 31 if survived < kills else None  # every moment has its turn
-            done = launch(*args, "--run", run, kill_at=kill_at)
+            kill = 1 + (7 * survived + survived // 7) % 31  # every moment has its turn
+            kill = at_random.uniform(0, 2) if survived % 3 == 2 else kill
+            done = launch(*args, "--run", run, kill=kill if survived < kills else None)
             if done.returncode == 0:
                 break
             assert done.returncode == -signal.SIGKILL, done.stderr
@@ -96,8 +112,6 @@ def survive(kills: int, data: Path, work: Path, report=lambda line: None) -> int
 
 def assert_equal(one: Path, other: Path) -> None:
     """The last checkpoints are equal bit for bit, the logs but for the times, and nothing is left lying about."""
-    import json
-
     import checkpoint
 
     ends = [checkpoint.checkpoints(run)[-1] for run in (one, other)]
@@ -128,9 +142,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
-        kill_at, sys.argv = int(sys.argv[2]), sys.argv[3:]
-        if kill_at:
-            kill_before(kill_at)
+        kill, sys.argv = json.loads(sys.argv[2]), sys.argv[3:]
+        if kill is not None:
+            kill_self(kill)
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         main()

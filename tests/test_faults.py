@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soak
 import torch
@@ -18,6 +21,7 @@ from torch import nn
 import checkpoint
 from cli import UserError
 from data import Batch
+from files import lock
 from model import GPT, GPTConfig
 from runs import MAX_SKIPPED, STOPPED
 from shards import read_meta
@@ -68,8 +72,8 @@ def test_preparation_is_killed_and_goes_on(tmp_path):
     flags = ("--tokenizer", "bytes", "--val_fraction", 0.2, "--shard_tokens", 400_000)
     args = ("prepare_fineweb.py", "--files", tmp_path / "a.txt", *flags)
     soak.launch(*args, "--out", tmp_path / "peace")
-    for kill_at in (*range(1, 60, 3), None):
-        done = soak.launch(*args, "--out", tmp_path / "out", kill_at=kill_at)
+    for kill_at in (*range(1, 60, 4), None):
+        done = soak.launch(*args, "--out", tmp_path / "out", kill=kill_at)
         whole = (tmp_path / "out" / "meta.json").exists()
         assert done.returncode == (0 if kill_at is None else -signal.SIGKILL) or whole, done.stderr
         if not whole:
@@ -84,12 +88,30 @@ def test_preparation_does_not_begin_anew(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"Paragraph {i} says {i * i}.\n\n" for i in range(400_000)))
     flags = ("--tokenizer", "bytes", "--val_fraction", 0.2, "--shard_tokens", 1_000_000)
     args = ("prepare_fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "out", *flags)
-    soak.launch(*args, kill_at=70)
+    soak.launch(*args, kill=70)
     progress = json.loads((tmp_path / "out" / "incomplete.json").read_text())["progress"]
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("train_*.npy")}
     assert progress["position"] > 100 and len(kept) > 2
     assert soak.launch(*args).returncode == 0
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items() if file.name in str(progress))
+
+
+def test_a_faulty_hub_changes_no_byte(tmp_path):
+    """Every fifth request is answered with 503, every fifth body breaks off half-way."""
+    (tmp_path / "files").mkdir()
+    for i in range(3):
+        texts = [f"File {i}, document {j}: " + " ".join(str(j * k) for k in range(300)) for j in range(600)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "files" / f"train-{i}-of-3.parquet")
+    flags = ("--dataset", "some/texts", "--tokenizer", "bytes", "--val_fraction", 0.1, "--shard_tokens", 300_000)
+    for out, faults in {"peace": {}, "faulty": {"error_every": 5, "drop_every": 5}}.items():
+        with hub.serve(tmp_path / "files", **faults) as address:
+            there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / out / "hf"), "HF_HUB_OFFLINE": "0"}
+            done = start("prepare_fineweb.py", *flags, "--out", f"{out}/data", cwd=tmp_path, env=there)
+    assert "503" in done.stderr and "Retrying" in done.stderr
+    peace, faulty = (
+        {f.name: f.read_bytes() for f in (tmp_path / out / "data").iterdir()} for out in ("peace", "faulty")
+    )
+    assert len(peace) > 10 and faulty == peace
 
 
 def test_torchrun_restarts_a_dead_process(text_data, whole, tmp_path):
@@ -326,3 +348,12 @@ def test_a_second_run_is_refused_while_the_first_lives(fails, text_data, tmp_pat
         process.kill()
         process.communicate()
     start(*args, "--max_minutes", 0.001, cwd=tmp_path, expect=STOPPED)  # the dead do not hold a lock
+
+
+def test_a_second_preparation_is_refused_while_the_first_lives(fails, run_script, tmp_path):
+    (tmp_path / "a.txt").write_text("Some words.\n\n" * 20_000)
+    args = ("prepare_fineweb.py", "--files", "a.txt", "--tokenizer", "bytes", "--val_fraction", 0.2, "--out", "data")
+    held = lock(tmp_path / "data")
+    assert "data is in use by another process" in fails(*args)
+    os.close(held)
+    run_script(*args)
