@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LOSS_CHUNK = {"cpu": 2**23, "gpu": 2**29}  # logits that are in memory at once when there are targets
 IGNORE = -100  # a target with this value is not learned; F.cross_entropy's own default
 
 
@@ -136,6 +137,47 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class SummedCrossEntropy(torch.autograd.Function):
+    """The output layer and its loss, without all logits in memory at once.
+
+    The logits of 1,024 tokens over GPT-2's vocabulary take 206 MB in float32, and autograd would keep several such.
+    So the rows go through in chunks, and each chunk's gradient, softmax(logits) - onehot(target), is worked out while
+    its logits are there: the backward pass has only to scale what the forward pass has found.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, learn: bool) -> Tensor:
+        """The loss in nats, summed, in float32.
+
+        hidden: (N, C); weight: (V, C) with its padding, of the same type; targets: (N,), some of them `IGNORE`;
+        learn: whether a backward pass will follow.
+        """
+        rows = max(1, LOSS_CHUNK["cpu" if hidden.device.type == "cpu" else "gpu"] // weight.size(0))
+        loss = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if learn else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if learn else None
+        for begin in range(0, hidden.size(0), rows):
+            x, target = hidden[begin : begin + rows], targets[begin : begin + rows, None]
+            ignored, target = target == IGNORE, target.clamp(min=0)  # (rows, 1)
+            logits = F.linear(x, weight).float()  # (rows, V)
+            logits[:, vocab_size:] = -math.inf  # the padding has no probability
+            log_probs = F.log_softmax(logits, dim=1)
+            loss -= log_probs.gather(1, target).masked_fill(ignored, 0).sum()
+            if learn:
+                d_logits = log_probs.exp_()
+                d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1))
+                d_logits = d_logits.masked_fill_(ignored, 0).to(x.dtype)
+                torch.mm(d_logits, weight, out=d_hidden[begin : begin + rows])
+                d_weight += torch.mm(d_logits.t(), x)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss, (d_weight * d_loss).to(d_hidden.dtype), None, None, None
+
+
 def packed_mask(positions: Tensor) -> Tensor:
     """Which key each query may see when several documents share a row: the earlier tokens of its own document.
 
@@ -218,10 +260,15 @@ class GPT(nn.Module):
         Raises:
             ValueError: the tokens do not fit the context.
         """
-        logits = self.logits(self.hidden(tokens, positions, cache))
+        hidden = self.hidden(tokens, positions, cache)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            return self.logits(hidden)
+        weight = self.wte.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        learn = torch.is_grad_enabled()
+        return SummedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size, learn)
 
     def flops_per_token(self, T: int | None = None) -> int:
         """Floating-point operations of one training step per token of a T-token row: 6 N + 12 L C T.

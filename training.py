@@ -1,6 +1,7 @@
 """What both training scripts must do alike: processes and devices, optimiser, schedule, one step, validation."""
 
 import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -105,6 +106,8 @@ def start_processes(device: str | None, dtype: str | None, deterministic: bool) 
     check(one_each, f"--device {device} gives all processes the same GPU: use --device cuda")
     if found.type == "cuda":
         torch.cuda.set_device(found)
+    elif found.type == "cpu":
+        keep_freed_memory()
     if world_size > 1:
         # torchrun gives restarted processes the store of those that died; without a prefix of their own they would
         # look for the dead (pytorch issue 135712).
@@ -113,6 +116,15 @@ def start_processes(device: str | None, dtype: str | None, deterministic: bool) 
         backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Processes(rank, world_size, found, find_dtype(dtype, found))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of tensors that are freed, for the next ones: on CPU every step frees and takes the
+    same sizes, and new pages from the kernel took 14 % of the demo's step.  Elsewhere than glibc nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in {-3: 2**25, -1: 2**31 - 1, -2: 2**26}.items():  # M_MMAP_THRESHOLD, _TRIM_, TOP_PAD
+            mallopt(parameter, value)
 
 
 def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:

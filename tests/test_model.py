@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import GPT, IGNORE, PRESETS, GPTConfig, KVCache
+from model import GPT, IGNORE, LOSS_CHUNK, PRESETS, GPTConfig, KVCache
 from sampling import generate
 
 SMALL = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=8, vocab_multiple=16)
@@ -473,6 +473,26 @@ def test_bfloat16_autocast_is_close():
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
     assert (logits.float() - expected_logits).norm() < 0.03 * expected_logits.norm()
     assert loss.item() == pytest.approx(expected_loss.item(), rel=0.03)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 60, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_in_chunks_equals_the_plain_one(monkeypatch, rows, dtype):
+    """The loss and all gradients, whatever the size of the chunks, with ignored targets and padding."""
+    model, tokens = GPT(SMALL), torch.randint(SMALL.vocab_size, (5, 12))
+    targets = torch.randint(SMALL.vocab_size, (5, 12))
+    targets[0, :7] = targets[3] = IGNORE
+    monkeypatch.setitem(LOSS_CHUNK, "cpu", rows * SMALL.padded_vocab_size)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        loss, logits = model(tokens, targets), model(tokens)
+        plain = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        with torch.no_grad():
+            assert torch.equal(model(tokens, targets), loss)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    assert loss.dtype == torch.float32 and abs(loss - plain) < tolerance * plain
+    chunked, whole = (torch.autograd.grad(value / 41, list(model.parameters())) for value in (loss, plain))
+    for one, other in zip(chunked, whole, strict=True):
+        assert one.dtype == other.dtype and (one - other).norm() <= tolerance * other.norm()
 
 
 @torch.no_grad()
