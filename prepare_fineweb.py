@@ -11,16 +11,18 @@ the same command goes on from the last finished shard.
 
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import cli
 from cli import Progress, UserError, check
 from shards import FORMAT_VERSION, SPLITS, ShardWriter, close_output, is_validation, open_output, save_progress
-from sources import FileSource, HubSource, Record, expand
+from sources import FileSource, HubSource, expand
 from tokenizer import Tokenizer, load_tokenizer, utf8
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -62,7 +64,7 @@ def main(config: Config) -> None:
     writers = {split: ShardWriter(config.out, split, config.shard_tokens, progress.get(split)) for split in SPLITS}
     before = done = tokens_of(writers)
     bar = Progress(config.max_tokens, "token", initial=before)
-    for texts in batched_texts(source.records(progress.get("position")), config.text_field):
+    for texts, position in read_ahead(batched_texts(source, progress.get("position"), config.text_field)):
         full = [text for text in texts if text.strip()]
         skipped += len(texts) - len(full)
         shards = shards_of(writers)
@@ -76,7 +78,7 @@ def main(config: Config) -> None:
             break
         if shards_of(writers) > shards:
             states = {split: writer.state() for split, writer in writers.items()}
-            states |= {"position": source.position, "skipped_empty": skipped}
+            states |= {"position": position, "skipped_empty": skipped}
             save_progress(config.out, description, states)
     bar.close()
     splits = finish(writers, config, skipped)
@@ -96,7 +98,8 @@ def open_source(config: Config) -> FileSource | HubSource:
     """Local files, or a dataset on the hub."""
     if config.files:
         return FileSource(expand(config.files, (".txt", ".jsonl", ".parquet")), config.text_field)
-    return HubSource(config.dataset, config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None))
+    name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
+    return HubSource(config.dataset, name, config.text_field)
 
 
 def describe(config: Config, source: FileSource | HubSource) -> dict:
@@ -114,11 +117,16 @@ def describe(config: Config, source: FileSource | HubSource) -> dict:
     }
 
 
-def batched_texts(records: Iterable[Record], text_field: str, characters: int = 4_000_000) -> Iterator[list[str]]:
-    """The records' texts, in lists of about so many characters.  Raises `UserError` for a record without a text."""
+def batched_texts(
+    source: FileSource | HubSource, position: Any, text_field: str, characters: int = 4_000_000
+) -> Iterator[tuple[list[str], Any]]:
+    """The source's texts after a position, in lists of about so many characters, each with the position after it.
+
+    Raises `UserError` for a record without a text.
+    """
     texts: list[str] = []
     size = 0
-    for place, record in records:
+    for place, record in source.records(position):
         text = record.get(text_field)
         if not isinstance(text, str):
             fields = ", ".join(map(str, record))
@@ -126,10 +134,19 @@ def batched_texts(records: Iterable[Record], text_field: str, characters: int = 
         texts.append(text)
         size += len(text)
         if size >= characters:
-            yield texts
+            yield texts, source.position
             texts, size = [], 0
     if texts:
-        yield texts
+        yield texts, source.position
+
+
+def read_ahead(items: Iterator) -> Iterator:
+    """The same items; the next one is read by a thread of its own while this one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = reader.submit(next, items, None)
+            yield item
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:

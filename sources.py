@@ -71,8 +71,7 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            check(text_field in names, f"{file}: no column {text_field!r}; --text_field can be {', '.join(names)}")
+            check_column(text_field, parquet.schema_arrow.names, str(file))
             row = 0
             for batch in parquet.iter_batches(batch_size=1024, columns=[text_field]):
                 for record in batch.to_pylist():
@@ -82,6 +81,10 @@ def read_parquet(file: Path, text_field: str) -> Iterator[Record]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault; pyarrow's own have no errno
         raise UserError(f"{file}: not a readable Parquet file: {error}") from None
+
+
+def check_column(name: str, names: Sequence[str], place: str) -> None:
+    check(name in names, f"{place}: no column {name!r}; --text_field can be {', '.join(names)}")
 
 
 def read_txt(file: Path, text_field: str) -> Iterator[Record]:
@@ -132,18 +135,26 @@ class FileSource:
 class HubSource:
     """A dataset on the hub, streamed and not kept on disk, as a source that can be taken up where it was left.
 
-    Raises `UserError`: no such dataset, or no network.
+    It is read in Arrow tables, which `datasets` hands on several times faster than single rows.
+
+    Args:
+        column: the only one to read; None reads all.
+
+    Raises:
+        UserError: no such dataset, or no network.
     """
 
-    def __init__(self, dataset: str, name: str | None, split: str = "train"):
+    def __init__(self, dataset: str, name: str | None, column: str | None = None, split: str = "train"):
         from datasets import load_dataset
         from huggingface_hub import HfApi
 
-        self.dataset, self.name, self.row = dataset, name, 0
+        self.dataset, self.name, self.column = dataset, name, column
         self.label = f"{dataset}/{name}" if name else dataset
+        self.position = {"row": 0, "table": None, "done": 0}  # rows so far; where their last table begins; rows of it
         try:
             self.revision = HfApi().dataset_info(dataset).sha
-            self.stream = load_dataset(dataset, name=name, split=split, streaming=True, revision=self.revision)
+            stream = load_dataset(dataset, name=name, split=split, streaming=True, revision=self.revision)
+            self.stream = stream.with_format("arrow")
         except Exception as error:  # no such name, no network, a private dataset: the client has a class for each
             raise UserError(
                 f"dataset {self.label} cannot be opened: {first_line(error)}; check the name and the network, or use"
@@ -154,31 +165,33 @@ class HubSource:
         """What a manifest says of the dataset."""
         return {"dataset": self.dataset, "name": self.name, "revision": self.revision}
 
-    @property
-    def position(self) -> dict:
-        """Where the stream is, for JSON: file and row, as `datasets` counts them."""
-        return {"row": self.row, "stream": self.stream.state_dict()}
-
     def records(self, position: dict | None = None) -> Iterator[Record]:
         """All records, or those after a `position` that this source once had, without reading the files before.
 
         Raises `UserError` where the network fails beyond the client's retries.
         """
-        if position is not None:
-            self.row = position["row"]
-            self.stream.load_state_dict(position["stream"])
-        rows = iter(self.stream)
+        self.position = position or self.position
+        row, begin, done = (self.position[key] for key in ("row", "table", "done"))
+        if begin is not None:
+            self.stream.load_state_dict(begin)
+        tables = self.stream.iter(batch_size=1000)
         while True:
             try:
-                record = next(rows)
+                table = next(tables)
             except StopIteration:
                 return
             except Exception as error:
                 raise UserError(
-                    f"dataset {self.label} broke off after row {self.row:,}: {first_line(error)}; run it again to go on"
+                    f"dataset {self.label} broke off after row {row:,}: {first_line(error)}; run it again to go on"
                 ) from None
-            self.row += 1
-            yield f"{self.label} row {self.row}", record
+            if self.column is not None:
+                check_column(self.column, table.column_names, self.label)
+                table = table.select([self.column])
+            for record in table.slice(done).to_pylist():
+                row, done = row + 1, done + 1
+                self.position = {"row": row, "table": begin, "done": done}
+                yield f"{self.label} row {row}", record
+            begin, done = self.stream.state_dict(), 0
 
 
 def first_line(error: Exception) -> str:

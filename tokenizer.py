@@ -8,10 +8,13 @@ where everything in brackets is one special token.  They have ids of their own b
 can ever become one: a user who types "<|end|>" gets the ordinary tokens of seven ordinary characters.
 """
 
+import base64
 import codecs
 import functools
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +22,7 @@ from cli import UserError, check
 
 ROLES = ("system", "user", "assistant")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+SAMPLE_EVERY = 512  # of a batch's texts, one in so many is encoded by the reference too
 
 
 class Tokenizer:
@@ -113,7 +117,10 @@ def next_user_turn(roles: list[str], first: int) -> int | None:
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, by tiktoken."""
+    """GPT-2's byte-pair encoding, by tiktoken; batches by gigatoken where it is installed, some 15 times faster.
+
+    tiktoken stays the reference: of every batch the first text and some others are encoded by both.
+    """
 
     name = "gpt2"
     vocab_size = 50_257
@@ -134,8 +141,35 @@ class GPT2Tokenizer(Tokenizer):
         return self.encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        batch = self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
-        return [np.array(tokens, dtype=np.uint16) for tokens in batch]
+        if self.fast is None:
+            batch = self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+            return [np.array(tokens, dtype=np.uint16) for tokens in batch]
+        import awkward
+
+        batch = self.fast.encode_batch([utf8(text) for text in texts])
+        tokens, lengths = awkward.to_numpy(awkward.flatten(batch)), awkward.to_numpy(awkward.num(batch))
+        encoded = np.split(tokens.astype(np.uint16), np.cumsum(lengths)[:-1]) if texts else []
+        for text, fast in list(zip(texts, encoded, strict=True))[::SAMPLE_EVERY]:
+            check(
+                fast.tolist() == self.encode(text),
+                f"gigatoken and tiktoken encode a text differently, {text[:60]!r}: pip uninstall gigatoken, and run it"
+                " again with tiktoken alone",
+            )
+        return encoded
+
+    @functools.cached_property
+    def fast(self) -> Any:
+        """gigatoken's tokenizer of the same ranks and of no special token; None where gigatoken is not installed."""
+        try:
+            import gigatoken
+        except ImportError:
+            print("note: gigatoken is not installed (pip install gigatoken): tiktoken alone is some 15 times slower")
+            return None
+        ranks = [self.text_bytes(token) for token in range(self.end_of_text)]
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks)))
+            file.flush()
+            return gigatoken.Tokenizer.from_tiktoken(file.name, "gpt2", {})
 
     def text_bytes(self, token: int) -> bytes:
         return self.encoding.decode_single_token_bytes(token)

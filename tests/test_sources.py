@@ -207,18 +207,22 @@ def test_hub_out_of_reach_is_one_line(run_script, tmp_path, script):
     assert not (tmp_path / "out").exists()
 
 
-def hub_source(generate) -> HubSource:
+def hub_source(generate, column: str | None = None) -> HubSource:
     """A source whose stream is a real one of `datasets`, without a hub."""
     stream = datasets.IterableDataset.from_generator(generate)
     with mock.patch("huggingface_hub.HfApi") as api, mock.patch("datasets.load_dataset", return_value=stream) as load:
         api.return_value.dataset_info.return_value = SimpleNamespace(sha="c0ffee")
-        source = HubSource("some/one", "small")
+        source = HubSource("some/one", "small", column)
     load.assert_called_once_with("some/one", name="small", split="train", streaming=True, revision="c0ffee")
     return source
 
 
 def ten_rows():
     yield from ({"text": str(i)} for i in range(10))
+
+
+def rows():
+    yield from ({"text": str(i)} for i in range(2500))
 
 
 def test_hub_dataset_streams_the_revision_that_it_names():
@@ -228,11 +232,17 @@ def test_hub_dataset_streams_the_revision_that_it_names():
     assert records[1] == ("some/one/small row 2", {"text": "1"}) and len(records) == 10
 
 
-@pytest.mark.parametrize("n", [0, 1, 4, 10])
+def test_a_hub_dataset_without_the_column():
+    source = hub_source(ten_rows, column="body")
+    with pytest.raises(UserError, match="some/one/small: no column 'body'; --text_field can be text"):
+        next(source.records())
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 999, 1000, 1001, 2500])
 def test_a_source_goes_on_where_it_was(tmp_path, n):
     """After a position that went through JSON, as in a file, the same records follow with the same names."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ten_rows()))
-    for make in (lambda: hub_source(ten_rows), lambda: FileSource([tmp_path / "a.jsonl"])):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    for make in (lambda: hub_source(rows), lambda: FileSource([tmp_path / "a.jsonl"])):
         first, whole = make(), list(make().records())
         assert list(itertools.islice(first.records(), n)) == whole[:n]
         position = json.loads(json.dumps(first.position))
@@ -241,15 +251,14 @@ def test_a_source_goes_on_where_it_was(tmp_path, n):
 
 def test_a_stream_that_breaks_off_says_where():
     def stream():
-        yield {"text": "one"}
-        yield {"text": "two"}
+        yield from ({"text": str(i)} for i in range(1500))
         raise ConnectionError("reset by peer\nand much more")
 
-    found = hub_source(stream).records()
-    assert [next(found)[0], next(found)[0]] == ["some/one/small row 1", "some/one/small row 2"]
+    found, records = hub_source(stream).records(), []
     with pytest.raises(UserError) as error:
-        next(found)
-    message = "dataset some/one/small broke off after row 2: reset by peer; run it again to go on"
+        records.extend(found)
+    assert records[-1] == ("some/one/small row 1000", {"text": "999"})  # it is read a thousand rows at a time
+    message = "dataset some/one/small broke off after row 1,000: reset by peer; run it again to go on"
     assert str(error.value) == message
 
 

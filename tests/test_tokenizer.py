@@ -1,6 +1,10 @@
 """Text to tokens and back, streaming, and the tokens of a conversation."""
 
+import json
+import random
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cli import UserError
-from tokenizer import CHAT_TOKENS, ROLES, TextStream, Tokenizer, load_tokenizer, utf8
+from tokenizer import CHAT_TOKENS, ROLES, GPT2Tokenizer, TextStream, Tokenizer, load_tokenizer, utf8
 
 relaxed = settings(deadline=None, max_examples=60)
 
@@ -88,6 +92,40 @@ def test_batch_equals_one_by_one(tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     assert [tokens.tolist() for tokens in batch] == [tokenizer.encode(text) for text in texts]
     assert all(tokens.dtype == np.uint16 and tokens.ndim == 1 for tokens in batch)
+
+
+def test_fast_encoding_of_long_texts_is_tiktoken(gpt2_tokenizer):
+    """Source code and documentation by the megabyte, letters of all scripts, and runs of every kind of space."""
+    pytest.importorskip("gigatoken")
+    files = sorted(Path(json.__file__).parent.parent.glob("*.py"))[:60]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    letters = random.Random(0).choices([chr(i) for i in range(0x3000) if chr(i).isprintable()], k=100_000)
+    texts += [
+        "".join(letters),
+        " ".join(letters),
+        "\n \t\r\u00a0\u3000" * 5000,
+        "0123456789" * 999,
+        "don't we'LL " * 999,
+    ]
+    assert gpt2_tokenizer.fast is not None
+    for text, tokens in zip(texts, gpt2_tokenizer.encode_batch(texts), strict=True):
+        assert tokens.tolist() == gpt2_tokenizer.encode(text)
+
+
+def test_without_gigatoken_tiktoken_encodes_and_says_so(gpt2_tokenizer, monkeypatch, capsys):
+    texts = ["Some words.", "", "<|endoftext|>", "half a pair \ud800"]
+    expected = [tokens.tolist() for tokens in gpt2_tokenizer.encode_batch(texts)]
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    slow = GPT2Tokenizer()
+    assert [tokens.tolist() for tokens in slow.encode_batch(texts)] == expected
+    assert slow.fast is None and capsys.readouterr().out.count("gigatoken is not installed") == 1
+
+
+def test_a_difference_between_the_encoders_stops(gpt2_tokenizer, monkeypatch):
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(gpt2_tokenizer, "encode", lambda text: [1, 2, 3])
+    with pytest.raises(UserError, match="gigatoken and tiktoken encode a text differently, 'Some words"):
+        gpt2_tokenizer.encode_batch(["Some words."])
 
 
 def test_special_tokens_are_shown_by_name(tokenizer):
