@@ -20,6 +20,7 @@ import checkpoint
 import cli
 from checkpoint import Loaded, run_folder
 from cli import check
+from inference import prepare
 from sampling import generate
 from tokenizer import TextStream
 from training import find_device
@@ -54,6 +55,8 @@ class Config:
     """cuda, mps or cpu; None takes the best there is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights."""
+    quantize: Literal["int8"] | None = None
+    """Weights of 8 bits: on a CPU more than twice as fast, and a little less exact."""
 
 
 def main(config: Config) -> None:
@@ -63,7 +66,7 @@ def main(config: Config) -> None:
     loaded = checkpoint.load(source)
     check(loaded.chat or not config.chat, f"{loaded.source} is not a chat model: finetune it first, or use --prompt")
     check(config.system is None or (loaded.chat and not config.raw), "--system is for a chat model, and without --raw")
-    loaded.model.to(device, dtype=getattr(torch, config.dtype)).eval()
+    prepare(loaded.model, device, getattr(torch, config.dtype), config.quantize is not None)
     writer = Writer(config, loaded, device)
     if config.chat:
         hold_conversation(config, writer)
@@ -79,6 +82,8 @@ def check_config(config: Config) -> None:
     check(not (config.chat and config.prompt is not None), "--chat and --prompt exclude each other: type in the chat")
     check(not (config.chat and config.num_samples > 1), "--chat gives one answer: leave --num_samples out")
     check(not (config.chat and config.raw), "--chat and --raw exclude each other: a chat needs the chat format")
+    exact = config.dtype == "float32"
+    check(config.quantize is None or exact, "--quantize and --dtype exclude each other: 8-bit weights have no other")
     cli.check_range("temperature", config.temperature, 0, 100)
     cli.check_range("top_p", config.top_p, 0, 1, open_low=True)
     if config.seed is not None:

