@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	$(PY) pretrain.py --data data/demo --run demo --model demo --steps 1000 --batch_tokens 4096 --lr 4e-3 \
 		--save_every 500
 	$(PY) finetune.py --init runs/demo --data data/demo_chat --run demo_chat --epochs 2 --batch_tokens 4096 \
-		--micro_batch_size 16 --lr 1e-3 --dropout 0
+		--lr 1e-3 --dropout 0
 	@echo; echo "--- the pretrained model goes on from a text:"
 	$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 300 --temperature 0.6 --seed 1
 	@echo; echo "--- the finetuned model answers a question:"

@@ -38,7 +38,7 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that this file need not import torch
             raise
-        fail("out of GPU memory: halve --micro_batch_size (training) or --num_samples (generation)")
+        fail("out of GPU memory: set --micro_batch_size to half of what was printed (training), or fewer --num_samples")
     except OSError as error:  # disk full, no permission, read-only: the machine's state, not a bug in the script
         if error.errno is None:
             raise

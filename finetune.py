@@ -12,7 +12,7 @@ Dolly-15k are some six hundred steps: minutes on one GPU.
 import math
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from training import (
     batch_rows,
     build_optimizer,
     check_training,
+    choose_micro_batch_size,
     describe,
     lr_at,
     parallelize,
@@ -51,8 +52,8 @@ class Config:
     """Optimiser steps instead of epochs."""
     batch_tokens: int = 16_384
     """Tokens per step over all processes: packed rows, questions and padding counted."""
-    micro_batch_size: int = 4
-    """Rows that a process computes at once; the rest of the batch is gradient accumulation."""
+    micro_batch_size: int | None = None
+    """Rows that a process computes at once, the rest is gradient accumulation; None takes the most that fit."""
     lr: float = 1e-4
     """The highest learning rate."""
     warmup_fraction: float = 0.05
@@ -101,6 +102,8 @@ def main(config: Config) -> None:
     model = start.model.adapt(data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
     step = run.resume(model, optimizer)
+    micro_batch_size = choose_micro_batch_size(config, run.held, model, data, optimizer, rows, procs)
+    config = run.config = replace(config, micro_batch_size=micro_batch_size)
     trained = parallelize(model, procs, config.compile)
     if procs.is_main:
         tell_data(config, data)
@@ -110,14 +113,14 @@ def main(config: Config) -> None:
     log = Log(run, model, step, steps, config.batch_tokens)
 
     def validation_loss() -> float:
-        batches = val_batches(data, data.n_rows["val"], config.micro_batch_size, procs.rank, procs.world_size)
+        batches = val_batches(data, data.n_rows["val"], micro_batch_size, procs.rank, procs.world_size)
         return validate(trained, batches, procs)
 
     if step == 0:
         log.validation(step, validation_loss())
     while not run.stop_requested() and step < steps:
         started = time.perf_counter()
-        batches = train_batches(data, step, config.seed, rows, config.micro_batch_size, procs.rank, procs.world_size)
+        batches = train_batches(data, step, config.seed, rows, micro_batch_size, procs.rank, procs.world_size)
         lr = lr_at(step, steps, config.lr, config.warmup_fraction)
         seed_step(config.seed, step, procs.rank)
         metrics = train_step(trained, batches, optimizer, lr, config.grad_clip, procs)

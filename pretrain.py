@@ -24,6 +24,7 @@ from training import (
     batch_rows,
     build_optimizer,
     check_training,
+    choose_micro_batch_size,
     describe,
     lr_at,
     parallelize,
@@ -46,8 +47,8 @@ class Config:
     """Optimiser steps; the default sees 10 billion tokens."""
     batch_tokens: int = 524_288
     """Tokens per step over all processes."""
-    micro_batch_size: int = 16
-    """Rows that a process computes at once; the rest is gradient accumulation.  Halve it when memory runs out."""
+    micro_batch_size: int | None = None
+    """Rows that a process computes at once, the rest is gradient accumulation; None takes the most that fit."""
     lr: float = 6e-4
     """The highest learning rate."""
     warmup_fraction: float = 0.04
@@ -95,6 +96,8 @@ def main(config: Config) -> None:
     model = GPT(shape).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
     step = run.resume(model, optimizer)
+    micro_batch_size = choose_micro_batch_size(config, run.held, model, data, optimizer, rows, procs)
+    config = run.config = replace(config, micro_batch_size=micro_batch_size)
     trained = parallelize(model, procs, config.compile)
     if procs.is_main:
         epochs = config.steps * rows / data.n_rows["train"]
@@ -108,14 +111,14 @@ def main(config: Config) -> None:
 
     def validation_loss() -> float:
         val_rows = max(1, config.val_tokens // block_size)
-        batches = val_batches(data, val_rows, config.micro_batch_size, procs.rank, procs.world_size)
+        batches = val_batches(data, val_rows, micro_batch_size, procs.rank, procs.world_size)
         return validate(trained, batches, procs)
 
     if step == 0:
         log.validation(step, validation_loss())
     while not run.stop_requested() and step < config.steps:
         started = time.perf_counter()
-        batches = train_batches(data, step, config.seed, rows, config.micro_batch_size, procs.rank, procs.world_size)
+        batches = train_batches(data, step, config.seed, rows, micro_batch_size, procs.rank, procs.world_size)
         lr = lr_at(step, config.steps, config.lr, config.warmup_fraction)
         seed_step(config.seed, step, procs.rank)
         metrics = train_step(trained, batches, optimizer, lr, config.grad_clip, procs)

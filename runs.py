@@ -93,8 +93,11 @@ class Run:
         self.stop_reason, self.started, self.signalled = "", time.monotonic(), 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        self.held: dict = {}  # the flags of the newest checkpoint
         if self.newest is not None:
-            self._check_same(checkpoint.read_meta(self.newest).get("identity", {}), self.identity)
+            meta = checkpoint.read_meta(self.newest)
+            self._check_same(meta.get("identity", {}), self.identity)
+            self.held = meta.get("config", {})
 
     def _check_same(self, held: dict, now: dict) -> None:
         check(

@@ -2,18 +2,20 @@
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from cli import UserError, check, check_range
-from data import Batch
+from data import Batch, Dataset
 from model import GPT, IGNORE
 
 # ---- processes and devices -----------------------------------------------------------------------------------------
@@ -55,6 +57,12 @@ class Processes:
         """Whether all processes have the same number."""
         total = self.sum(torch.tensor([number, number**2], device=self.device))
         return bool(total[0] ** 2 == self.world_size * total[1])  # equality in Cauchy-Schwarz
+
+    def memory_used(self) -> float:
+        """The part of the GPU's memory that was taken at most since the last question."""
+        used = torch.cuda.max_memory_reserved(self.device) / torch.cuda.mem_get_info(self.device)[1]
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return used
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock can be read."""
@@ -139,23 +147,69 @@ def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
 # ---- what both scripts check and print; the arithmetic of batch and machine ------------------------------------------
 
 
-def batch_rows(batch_tokens: int, micro_batch_size: int, block_size: int, world_size: int) -> int:
+def batch_rows(batch_tokens: int, micro_batch_size: int | None, block_size: int, world_size: int) -> int:
     """Rows in the global batch.  Raises `UserError` where it does not divide into the processes' micro-batches."""
-    unit = micro_batch_size * block_size * world_size
+    unit = (micro_batch_size or 1) * block_size * world_size
     nearest = max(unit, round(batch_tokens / unit) * unit)
+    rows = f"--micro_batch_size {micro_batch_size} x " if micro_batch_size else ""
     check(
         batch_tokens > 0 and batch_tokens % unit == 0,
-        f"--batch_tokens {batch_tokens} is not a multiple of {unit} (--micro_batch_size {micro_batch_size} x context"
-        f" {block_size} x {world_size} processes): use --batch_tokens {nearest}",
+        f"--batch_tokens {batch_tokens} is not a multiple of {unit} ({rows}context {block_size} x {world_size}"
+        f" processes): use --batch_tokens {nearest}",
     )
     return batch_tokens // block_size
+
+
+def choose_micro_batch_size(
+    config: Any, held: dict, model: GPT, data: Dataset, optimizer: torch.optim.Optimizer, rows: int, procs: Processes
+) -> int:
+    """--micro_batch_size where it is given; else what the run had before, where that still divides the batch of `rows`
+    rows; else, on a GPU, the largest power of two that fits in memory; else one of about 4,096 tokens, beyond which
+    a CPU gains nothing."""
+    before = held.get("micro_batch_size")
+    if config.micro_batch_size or (before and rows % (before * procs.world_size) == 0):
+        return config.micro_batch_size or before
+    sizes = [2**i for i in range(12) if rows // procs.world_size % 2**i == 0]
+    if procs.device.type != "cuda":
+        return max(size for size in sizes if size * data.block_size <= max(4096, data.block_size))
+    return largest_that_fits(model, data, optimizer, sizes, procs)
+
+
+def largest_that_fits(
+    model: GPT, data: Dataset, optimizer: torch.optim.Optimizer, sizes: Sequence[int], procs: Processes
+) -> int:
+    """The largest of some micro-batch sizes, in rising order, whose forward and backward pass fits on every process's
+    GPU.  Weights, gradients and random numbers stay as they were.  Raises `UserError` where none fits."""
+    reserved, fitting = None, 0
+    if not optimizer.state:  # it will have two numbers for each weight after the first step
+        reserved = torch.empty(2, model.config.num_parameters, device=procs.device)
+    for size in sizes:
+        batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
+        try:
+            with procs.autocast():
+                loss = model(batch.tokens, batch.targets, batch.positions)
+            loss.backward()
+            fits = procs.memory_used() < 0.92
+        except torch.OutOfMemoryError:
+            fits = False
+        loss = None  # and with it all that the backward pass would need
+        model.zero_grad(set_to_none=True)
+        if procs.sum(torch.tensor(int(not fits), device=procs.device)):
+            break
+        fitting = size
+    del reserved, batch
+    gc.collect()
+    torch.accelerator.empty_cache()
+    check(fitting > 0, "not even one row at a time fits in the GPU's memory: choose a smaller --model")
+    return fitting
 
 
 def check_training(config: Any) -> None:
     """Check the values that both scripts have, before any work starts.  Raises `UserError`."""
     check(config.run.strip() != "", "--run is empty: give the run a name")
     for name in ("batch_tokens", "micro_batch_size", "val_every", "save_every", "keep"):
-        check_range(name, getattr(config, name), 1)
+        if getattr(config, name) is not None:
+            check_range(name, getattr(config, name), 1)
     check_range("lr", config.lr, 0, 1, open_low=True)
     check_range("warmup_fraction", config.warmup_fraction, 0, 1)
     check_range("weight_decay", config.weight_decay, 0)

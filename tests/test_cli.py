@@ -91,7 +91,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
     torch = pytest.importorskip("torch")
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB")))
-    assert end.value.code == 2 and "halve --micro_batch_size" in capsys.readouterr().err
+    assert end.value.code == 2 and "--micro_batch_size to half" in capsys.readouterr().err
 
 
 def test_check():

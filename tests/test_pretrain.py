@@ -188,3 +188,14 @@ def test_bad_folders(fails, text_data, chat_data, tmp_path):
     shard = tmp_path / "short" / "train_000000.npy"
     shard.write_bytes(shard.read_bytes()[:-10])
     assert "damaged or truncated" in fails("pretrain.py", "--data", "short", *TRAIN)
+
+
+def test_a_micro_batch_size_is_chosen_and_kept(run_script, text_data, tmp_path):
+    """None is given: a run takes the one of about 4,096 tokens, and goes on with what it had."""
+    args = ("pretrain.py", "--data", text_data, "--run", "./run", "--model", "tiny", "--lr", 3e-3, "--steps", 4)
+    done = run_script(*args, "--batch_tokens", 2048, "--save_every", 2)
+    assert "2,048 tokens a step = 32 rows x 64 tokens x 1 processes x 1 micro-batches" in done.stdout
+    shutil.rmtree(tmp_path / "run" / "step_000004")
+    again = run_script(*args, "--batch_tokens", 2048, "--save_every", 2, "--micro_batch_size", 4)
+    assert "= 4 rows x" in again.stdout
+    assert "= 4 rows x" in run_script(*args, "--batch_tokens", 2048).stdout

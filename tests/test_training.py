@@ -1,8 +1,11 @@
 """One training step and one validation against plain computations of the same thing; schedule and batch arithmetic."""
 
 import copy
+import functools
 import itertools
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +18,10 @@ from training import (
     Processes,
     batch_rows,
     build_optimizer,
+    choose_micro_batch_size,
     find_device,
     find_dtype,
+    largest_that_fits,
     lr_at,
     seed_step,
     start_processes,
@@ -150,3 +155,50 @@ def test_autocast_changes_the_precision_of_products_only():
     half_loss = validate(model, [batch], half)
     assert half_loss != full_loss and math.isclose(half_loss, full_loss, rel_tol=1e-2)
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+# ---- the size of a micro-batch -------------------------------------------------------------------------------------
+
+
+def choose(micro_batch_size: int | None, held: dict, rows: int = 24, procs: Processes = ALONE, block_size: int = 1024):
+    data = SimpleNamespace(block_size=block_size)
+    config = SimpleNamespace(micro_batch_size=micro_batch_size)
+    return choose_micro_batch_size(config, held, None, data, None, rows, procs)
+
+
+def test_the_size_of_a_micro_batch():
+    """Given; else what the run had, where that divides; else a power of two that divides, of about 4,096 tokens."""
+    assert choose(3, {"micro_batch_size": 8}) == 3
+    assert choose(None, {"micro_batch_size": 6}) == 6
+    assert choose(None, {"micro_batch_size": 7}) == choose(None, {}) == 4
+    assert choose(None, {}, procs=replace(ALONE, world_size=12)) == 2
+    assert choose(None, {}, rows=64, block_size=64) == 64
+    assert choose(None, {}, rows=3) == choose(None, {}, block_size=9999) == 1
+
+
+class OutOfMemory(GPT):
+    """A model that runs out of memory above some rows, and takes a tenth of it for each."""
+
+    def forward(self, tokens, *args):
+        self.rows = len(tokens)
+        if self.rows > self.most:
+            raise torch.OutOfMemoryError("too much")
+        return super().forward(tokens, *args)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(99, 8), (5, 4), (1, 1), (0, None)])
+def test_the_largest_size_that_fits(monkeypatch, most, expected):
+    model, data = OutOfMemory(small_model().config), SimpleNamespace(n_rows={"train": 3}, block_size=8)
+    data.batch = lambda split, rows: Batch(*torch.randint(50, (2, len(rows), 8)))
+    model.most = most
+    monkeypatch.setattr(Processes, "memory_used", lambda self: model.rows / 10)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    before = copy.deepcopy(model.state_dict())
+    search = functools.partial(largest_that_fits, model, data, build_optimizer(model, 1e-3, 0.1))
+    if expected is None:
+        with pytest.raises(UserError, match="not even one row at a time fits"):
+            search([1, 2], ALONE)
+    else:
+        assert search([1, 2, 4, 8, 16], ALONE) == expected
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
