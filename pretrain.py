@@ -3,24 +3,30 @@
     torchrun --standalone --nproc_per_node=8 pretrain.py            # GPT-2 124M on data/fineweb_edu, into runs/gpt2
     python pretrain.py                                              # the same on one GPU
     python pretrain.py --data data/mine --run mine --steps 2000     # on your own text
+    python pretrain.py --dry_run --gpu_dollars_per_hour 2           # how fast, how long and for how much it would be
 
 The same command again goes on where the run stopped.  GPT-2 124M on 10 billion tokens of FineWeb-Edu
 takes 19,073 steps of 524,288 tokens; the README works out the hours and the price.
 """
 
 import shlex
+import shutil
+import statistics
 import time
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 import cli
-from checkpoint import best
+from checkpoint import best, run_folder
 from data import TokenDataset, train_batches, val_batches
 from model import GPT, PRESETS
-from runs import Log, Run
+from runs import Log, Run, peak_flops
 from training import (
+    Processes,
     batch_rows,
     build_optimizer,
     check_training,
@@ -77,6 +83,10 @@ class Config:
     """Only GPU kernels that give the same bits each time: slower, and resumed runs equal uninterrupted ones exactly."""
     max_minutes: float | None = None
     """Save and stop after so long, with exit code 75; the same command goes on."""
+    dry_run: bool = False
+    """Check everything, time some steps, tell what the whole run will take, and leave nothing behind."""
+    gpu_dollars_per_hour: float | None = None
+    """The price of one GPU, for the cost that --dry_run tells."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """Compile the model; the first step then takes about a minute."""
 
@@ -85,28 +95,24 @@ def main(config: Config) -> None:
     check_training(config)
     cli.check_range("steps", config.steps, 1)
     cli.check_range("val_tokens", config.val_tokens, 1)
+    if config.gpu_dollars_per_hour is not None:
+        cli.check_range("gpu_dollars_per_hour", config.gpu_dollars_per_hour, 0)
+        cli.check(config.dry_run, "--gpu_dollars_per_hour is for --dry_run, which tells the cost")
     procs = start_processes(config.device, config.dtype, config.deterministic)
     block_size = PRESETS[config.model].block_size
     rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = TokenDataset(config.data, block_size)
+    if config.dry_run:
+        return rehearse(config, data, rows, procs)
     run = Run(config, data, procs)
-
-    torch.manual_seed(config.seed)
-    shape = replace(PRESETS[config.model], vocab_size=data.tokenizer.vocab_size, dropout=config.dropout)
-    model = GPT(shape).to(procs.device)
-    optimizer = build_optimizer(model, config.lr, config.weight_decay)
+    model, optimizer = build(config, data, procs)
     step = run.resume(model, optimizer)
     micro_batch_size = choose_micro_batch_size(config, run.held, model, data, optimizer, rows, procs)
     config = run.config = replace(config, micro_batch_size=micro_batch_size)
     trained = parallelize(model, procs, config.compile)
     if procs.is_main:
-        epochs = config.steps * rows / data.n_rows["train"]
-        print(
-            f"data       {config.data}: {data.n_rows['train']:,} rows of {block_size} tokens,"
-            f" tokenizer {data.tokenizer.name}"
-        )
-        print(f"run        {run.folder}: {config.steps:,} steps, {epochs:.2f} epochs, {step:,} steps done")
-        describe(config, config.model, model, procs, rows)
+        print(f"run        {run.folder}: {config.steps:,} steps, {step:,} steps done")
+        tell(config, data, model, rows, procs)
     log = Log(run, model, step, config.steps, config.batch_tokens)
 
     def validation_loss() -> float:
@@ -137,6 +143,75 @@ def main(config: Config) -> None:
         print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
         print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --prompt 'Once upon a time'")
     procs.close()
+
+
+def build(config: Config, data: TokenDataset, procs: Processes) -> tuple[GPT, torch.optim.Optimizer]:
+    """The model at its beginning, and its optimiser."""
+    torch.manual_seed(config.seed)
+    shape = replace(PRESETS[config.model], vocab_size=data.tokenizer.vocab_size, dropout=config.dropout)
+    model = GPT(shape).to(procs.device)
+    return model, build_optimizer(model, config.lr, config.weight_decay)
+
+
+def tell(config: Config, data: TokenDataset, model: GPT, rows: int, procs: Processes) -> None:
+    """Print what is trained on what."""
+    epochs = config.steps * rows / data.n_rows["train"]
+    print(
+        f"data       {config.data}: {data.n_rows['train']:,} rows of {data.block_size} tokens, tokenizer"
+        f" {data.tokenizer.name}; {epochs:.2f} epochs"
+    )
+    describe(config, config.model, model, procs, rows)
+
+
+def rehearse(config: Config, data: TokenDataset, rows: int, procs: Processes) -> None:
+    """--dry_run: time steps on the real data, and print what the whole run will take."""
+    model, optimizer = build(config, data, procs)
+    micro_batch_size = choose_micro_batch_size(config, {}, model, data, optimizer, rows, procs)
+    config = replace(config, micro_batch_size=micro_batch_size)
+    trained = parallelize(model, procs, config.compile)
+    if procs.is_main:
+        tell(config, data, model, rows, procs)
+    batches = train_batches(data, 0, config.seed, rows, micro_batch_size, procs.rank, procs.world_size)
+
+    def seconds(micro_batches: int) -> float:
+        procs.synchronize()
+        started = time.perf_counter()
+        train_step(trained, batches[:micro_batches], optimizer, config.lr, config.grad_clip, procs)
+        procs.synchronize()
+        return time.perf_counter() - started
+
+    # Two sizes tell apart what a micro-batch takes and what a step takes besides, without a step of all of them.
+    few = min(4, len(batches))
+    seconds(few)  # compiles, and takes the optimiser's memory
+    one, more = (statistics.median(seconds(n) for _ in range(3)) for n in (1, few))
+    step = more + (len(batches) - few) * (more - one) / (few - 1) if few > 1 else one
+    if procs.is_main:
+        tokens_per_s, (flops, source) = config.batch_tokens / step, peak_flops(procs)
+        mfu = tokens_per_s * model.flops_per_token() / (flops * procs.world_size)
+        duration = timedelta(seconds=round(config.steps * step))
+        size, free = checkpoint_bytes(model), shutil.disk_usage(existing(run_folder(config.run))).free
+        need = (config.keep + 2) * size  # the newest, the best, and the one that is being written
+        if procs.device.type == "cuda":
+            print(f"memory     {procs.memory_used():.0%} of the GPU's at most")
+        print(f"disk       {need / 1e9:.2f} GB for checkpoints of {size / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
+        print(f"speed      {tokens_per_s:,.0f} tokens/s, {step:.2f} s a step, {mfu:.1%} MFU ({source})")
+        price = (config.gpu_dollars_per_hour or 0) * procs.world_size
+        cost = f", ${duration.total_seconds() / 3600 * price:,.2f} at ${price:g} an hour" if price else ""
+        print(f"whole run  {config.steps:,} steps in {duration}{cost}, without validation")
+        cli.check(
+            need < free, f"--run {config.run}: its checkpoints do not fit on the disk: free space or lower --keep"
+        )
+    procs.close()
+
+
+def checkpoint_bytes(model: GPT) -> int:
+    """A checkpoint has each weight and two averages of its gradients, in float32."""
+    return 12 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 if __name__ == "__main__":

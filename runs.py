@@ -61,7 +61,7 @@ def peak_flops(procs: Processes) -> tuple[float, str]:
 # How a run is computed and kept, as against what it computes: these flags may change when it is resumed.
 HOW = {
     *("data", "run", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes"),
-    *("device", "dtype", "compile", "deterministic"),
+    *("device", "dtype", "compile", "deterministic", "dry_run", "gpu_dollars_per_hour"),
 }
 STOPPED = 75  # exit code: stopped on request and saved, to go on later (EX_TEMPFAIL of sysexits.h)
 MAX_SKIPPED = 5  # steps in a row whose loss or gradient is not finite, after which going on is pointless

@@ -1,6 +1,7 @@
 """pretrain.py as a real process: it learns, logs, keeps, resumes, refuses, and does the same on two processes."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from conftest import TRAIN, read_log, start
 from safetensors.torch import load_file
 
 import checkpoint
+import pretrain
 from data import TokenDataset, global_rows
 
 
@@ -160,6 +162,7 @@ def test_bfloat16_trains(run_script, text_data, pretrained, tmp_path):
         (("--grad_clip", 0), "--grad_clip is 0"),
         (("--steps", 0), "--steps is 0"),
         (("--micro_batch_size", 0), "--micro_batch_size is 0"),
+        (("--gpu_dollars_per_hour", 2), "--gpu_dollars_per_hour is for --dry_run"),
         (("--keep", 0), "--keep is 0"),
         (("--seed", -1), "--seed is -1"),
         (("--seed", 10**20), "--seed is 100000000000000000000"),
@@ -199,3 +202,34 @@ def test_a_micro_batch_size_is_chosen_and_kept(run_script, text_data, tmp_path):
     again = run_script(*args, "--batch_tokens", 2048, "--save_every", 2, "--micro_batch_size", 4)
     assert "= 4 rows x" in again.stdout
     assert "= 4 rows x" in run_script(*args, "--batch_tokens", 2048).stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_dry_run_tells_and_leaves_nothing(run_script, text_data, tmp_path, processes):
+    args = ("pretrain.py", "--data", text_data, "--model", "tiny", "--batch_tokens", 65_536, "--steps", 50, "--dry_run")
+    done = run_script(*args, "--gpu_dollars_per_hour", 3.6, "--micro_batch_size", 8, processes=processes)
+    told = done.stdout
+    assert f"65,536 tokens a step = 8 rows x 64 tokens x {processes} processes x {128 // processes} micro-" in told
+    tokens_per_s, seconds = re.search(r"speed +([\d,]+) tokens/s, ([\d.]+) s a step", told).groups()
+    assert float(tokens_per_s.replace(",", "")) * float(seconds) == pytest.approx(65_536, rel=0.02)
+    hours, minutes, rest, dollars, price = map(
+        float, re.search(r"50 steps in (\d+):(\d+):(\d+), \$([\d.]+) at \$([\d.]+)", told).groups()
+    )
+    total = 3600 * hours + 60 * minutes + rest
+    assert total == pytest.approx(50 * float(seconds), abs=1) and price == pytest.approx(3.6 * processes)
+    assert dollars == pytest.approx(total / 3600 * price, abs=0.01)
+    size = float(re.search(r"checkpoints of ([\d.]+) GB", told)[1])
+    assert size == 0.0 and not list(tmp_path.iterdir())
+
+
+def test_dry_run_sees_that_the_disk_is_too_small(fails, text_data, tmp_path):
+    args = ("--data", text_data, "--model", "tiny", "--batch_tokens", 512, "--dry_run", "--keep", 10**9)
+    assert "its checkpoints do not fit on the disk" in fails("pretrain.py", *args)
+
+
+def test_dry_run_predicts_the_size_of_checkpoints(pretrained):
+    """As the file system has it, up to the headers of the files."""
+    meta = checkpoint.read_meta(pretrained / "step_000012")
+    model = checkpoint.load_weights(pretrained / "step_000012", meta)
+    real = sum(file.stat().st_size for file in (pretrained / "step_000012").glob("*.safetensors"))
+    assert pretrain.checkpoint_bytes(model) == pytest.approx(real, rel=0.15) and real > 100_000
