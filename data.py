@@ -15,7 +15,7 @@ import torch
 
 from cli import check
 from model import IGNORE
-from shards import SPLITS, open_arrays, read_meta
+from shards import SPLITS, open_arrays, read_ahead, read_meta
 from tokenizer import load_tokenizer
 
 
@@ -226,6 +226,14 @@ def train_batches(
     """
     rows = global_rows(data.n_rows["train"], batch_rows, seed, step)
     return [data.batch("train", micro) for micro in rows.reshape(-1, world_size, micro_batch_size)[:, rank]]
+
+
+def all_train_batches(
+    data: Dataset, steps: range, seed: int, batch_rows: int, micro_batch_size: int, rank: int, world_size: int
+) -> Iterator[list[Batch]]:
+    """`train_batches` of each step in turn, the next one read while this one is trained on."""
+    sizes = (seed, batch_rows, micro_batch_size, rank, world_size)
+    return read_ahead(train_batches(data, step, *sizes) for step in steps)
 
 
 def val_batches(

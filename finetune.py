@@ -21,7 +21,7 @@ import checkpoint
 import cli
 from checkpoint import best, run_folder
 from cli import check
-from data import ChatDataset, train_batches, val_batches
+from data import ChatDataset, all_train_batches, val_batches
 from runs import Log, Run
 from training import (
     batch_rows,
@@ -110,6 +110,8 @@ def main(config: Config) -> None:
         epochs = steps * rows / data.n_rows["train"]
         print(f"run        {run.folder}: {steps:,} steps, {epochs:.2f} epochs, {step:,} steps done")
         describe(config, start.source, model, procs, rows)
+    todo = range(step, steps)
+    batches = all_train_batches(data, todo, config.seed, rows, micro_batch_size, procs.rank, procs.world_size)
     log = Log(run, model, step, steps, config.batch_tokens)
 
     def validation_loss() -> float:
@@ -120,10 +122,9 @@ def main(config: Config) -> None:
         log.validation(step, validation_loss())
     while not run.stop_requested() and step < steps:
         started = time.perf_counter()
-        batches = train_batches(data, step, config.seed, rows, micro_batch_size, procs.rank, procs.world_size)
         lr = lr_at(step, steps, config.lr, config.warmup_fraction)
         seed_step(config.seed, step, procs.rank)
-        metrics = train_step(trained, batches, optimizer, lr, config.grad_clip, procs)
+        metrics = train_step(trained, next(batches), optimizer, lr, config.grad_clip, procs)
         step += 1
         log.step(step, metrics, lr, started)
         save = step % config.save_every == 0 or step == steps

@@ -11,19 +11,23 @@ the same command goes on from the last finished shard.
 
 import shlex
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 import cli
-from cli import Progress, UserError, check
-from shards import FORMAT_VERSION, SPLITS, ShardWriter, close_output, is_validation, open_output, save_progress
-from sources import FileSource, HubSource, expand
-from tokenizer import Tokenizer, load_tokenizer, utf8
+from cli import Progress, check
+from shards import (
+    FORMAT_VERSION,
+    SPLITS,
+    ShardWriter,
+    close_output,
+    is_validation,
+    open_output,
+    read_ahead,
+    save_progress,
+)
+from sources import FileSource, HubSource, batched_texts, expand
+from tokenizer import load_tokenizer, utf8
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
@@ -68,7 +72,7 @@ def main(config: Config) -> None:
         full = [text for text in texts if text.strip()]
         skipped += len(texts) - len(full)
         shards = shards_of(writers)
-        for text, tokens in zip(full, encode_documents(tokenizer, full), strict=True):
+        for text, tokens in zip(full, tokenizer.encode_documents(full), strict=True):
             writers["val" if is_validation(utf8(text), config.val_fraction) else "train"].add(tokens)
             if reached(writers, config.max_tokens):
                 break
@@ -115,44 +119,6 @@ def describe(config: Config, source: FileSource | HubSource) -> dict:
         "val_fraction": config.val_fraction,
         "max_tokens": config.max_tokens,
     }
-
-
-def batched_texts(
-    source: FileSource | HubSource, position: Any, text_field: str, characters: int = 4_000_000
-) -> Iterator[tuple[list[str], Any]]:
-    """The source's texts after a position, in lists of about so many characters, each with the position after it.
-
-    Raises `UserError` for a record without a text.
-    """
-    texts: list[str] = []
-    size = 0
-    for place, record in source.records(position):
-        text = record.get(text_field)
-        if not isinstance(text, str):
-            fields = ", ".join(map(str, record))
-            raise UserError(f"{place}: no text in field {text_field!r}; --text_field can be one of: {fields}")
-        texts.append(text)
-        size += len(text)
-        if size >= characters:
-            yield texts, source.position
-            texts, size = [], 0
-    if texts:
-        yield texts, source.position
-
-
-def read_ahead(items: Iterator) -> Iterator:
-    """The same items; the next one is read by a thread of its own while this one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = reader.submit(next, items, None)
-            yield item
-
-
-def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
-    """Each text's tokens behind an end-of-text token."""
-    start = np.array([tokenizer.end_of_text], dtype=np.uint16)
-    return (np.concatenate([start, tokens]) for tokens in tokenizer.encode_batch(texts))
 
 
 def tokens_of(writers: dict[str, ShardWriter]) -> int:

@@ -22,7 +22,7 @@ import torch
 
 import cli
 from checkpoint import best, run_folder
-from data import TokenDataset, train_batches, val_batches
+from data import TokenDataset, all_train_batches, train_batches, val_batches
 from model import GPT, PRESETS
 from runs import Log, Run, peak_flops
 from training import (
@@ -113,6 +113,8 @@ def main(config: Config) -> None:
     if procs.is_main:
         print(f"run        {run.folder}: {config.steps:,} steps, {step:,} steps done")
         tell(config, data, model, rows, procs)
+    todo = range(step, config.steps)
+    batches = all_train_batches(data, todo, config.seed, rows, micro_batch_size, procs.rank, procs.world_size)
     log = Log(run, model, step, config.steps, config.batch_tokens)
 
     def validation_loss() -> float:
@@ -124,10 +126,9 @@ def main(config: Config) -> None:
         log.validation(step, validation_loss())
     while not run.stop_requested() and step < config.steps:
         started = time.perf_counter()
-        batches = train_batches(data, step, config.seed, rows, micro_batch_size, procs.rank, procs.world_size)
         lr = lr_at(step, config.steps, config.lr, config.warmup_fraction)
         seed_step(config.seed, step, procs.rank)
-        metrics = train_step(trained, batches, optimizer, lr, config.grad_clip, procs)
+        metrics = train_step(trained, next(batches), optimizer, lr, config.grad_clip, procs)
         step += 1
         log.step(step, metrics, lr, started)
         save = step % config.save_every == 0 or step == config.steps

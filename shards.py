@@ -13,6 +13,8 @@ last, which makes the folder complete: what the data is, where it came from, and
 """
 
 import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -227,6 +229,15 @@ def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
     for name, _ in [entry for entries in named.values() for entry in entries]:
         check(Path(name).name == name, f"{folder}/meta.json names {name!r}, which is not a file in the folder")
     return {split: [open_array(folder / name, length) for name, length in named[split]] for split in SPLITS}
+
+
+def read_ahead(items: Iterator) -> Iterator:
+    """The same items; the next one is read by a thread of its own while this one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = reader.submit(next, items, None)
+            yield item
 
 
 # ---- python shards.py FOLDER ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cli import UserError, check
 from files import sha256
@@ -192,6 +193,29 @@ class HubSource:
                 self.position = {"row": row, "table": begin, "done": done}
                 yield f"{self.label} row {row}", record
             begin, done = self.stream.state_dict(), 0
+
+
+def batched_texts(
+    source: FileSource | HubSource, position: Any, text_field: str, characters: int = 4_000_000
+) -> Iterator[tuple[list[str], Any]]:
+    """The source's texts after a position, in lists of about so many characters, each with the position after it.
+
+    Raises `UserError` for a record without a text.
+    """
+    texts: list[str] = []
+    size = 0
+    for place, record in source.records(position):
+        text = record.get(text_field)
+        if not isinstance(text, str):
+            fields = ", ".join(map(str, record))
+            raise UserError(f"{place}: no text in field {text_field!r}; --text_field can be one of: {fields}")
+        texts.append(text)
+        size += len(text)
+        if size >= characters:
+            yield texts, source.position
+            texts, size = [], 0
+    if texts:
+        yield texts, source.position
 
 
 def first_line(error: Exception) -> str:

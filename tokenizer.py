@@ -13,7 +13,7 @@ import codecs
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of many texts, as uint16 arrays."""
         return [np.array(self.encode(text), dtype=np.uint16) for text in texts]
+
+    def encode_documents(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Each text's tokens behind an end-of-text token."""
+        start = np.array([self.end_of_text], dtype=np.uint16)
+        return (np.concatenate([start, tokens]) for tokens in self.encode_batch(texts))
 
     def text_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of one text token."""

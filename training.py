@@ -141,6 +141,7 @@ def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
     if procs.world_size > 1:
         device_ids = [procs.device.index] if procs.device.type == "cuda" else None
         trained = nn.parallel.DistributedDataParallel(trained, device_ids, gradient_as_bucket_view=True)
+    gc.freeze()  # what is here now stays to the end: the garbage collector need not look through it again
     return trained
 
 

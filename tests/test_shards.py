@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from shards import (
     open_array,
     open_arrays,
     open_output,
+    read_ahead,
     read_meta,
     write_array,
 )
@@ -340,3 +342,26 @@ def test_every_file_can_be_compared_with_its_checksum(run_script, fails, text_da
     shard.write_bytes(content)
     assert "train_000001.npy is damaged" in fails("shards.py", "data")
     assert "no checksums to compare" in fails("shards.py", "nowhere")
+
+
+# ---- reading ahead -------------------------------------------------------------------------------------------------
+
+
+def test_reading_ahead_changes_nothing():
+    """The same items in the same order; an error comes where it would have come; one item is read in advance."""
+
+    def items():
+        for i in range(3):
+            read.append(i)
+            yield i
+        raise UserError("the fourth is damaged")
+
+    read: list[int] = []
+    ahead = read_ahead(items())
+    assert next(ahead) == 0 and next(ahead) == 1
+    while len(read) < 3:  # the third is on its way before it is asked for
+        time.sleep(0.01)
+    assert next(ahead) == 2
+    with pytest.raises(UserError, match="the fourth is damaged"):
+        next(ahead)
+    assert list(read_ahead(iter([]))) == []
