@@ -13,7 +13,8 @@ import codecs
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,14 +51,9 @@ class Tokenizer:
         """The tokens of a text, all of them ordinary, whatever the text says."""
         raise NotImplementedError
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of many texts, as uint16 arrays."""
-        return [np.array(self.encode(text), dtype=np.uint16) for text in texts]
-
-    def encode_documents(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """Each text's tokens behind an end-of-text token."""
-        start = np.array([self.end_of_text], dtype=np.uint16)
-        return (np.concatenate([start, tokens]) for tokens in self.encode_batch(texts))
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text behind an end-of-text token, as uint16 arrays."""
+        return [np.array([self.end_of_text, *self.encode(text)], dtype=np.uint16) for text in texts]
 
     def text_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of one text token."""
@@ -145,22 +141,25 @@ class GPT2Tokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self.fast is None:
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self.fast is None or not texts:
             batch = self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
-            return [np.array(tokens, dtype=np.uint16) for tokens in batch]
+            return [np.array([self.end_of_text, *tokens], dtype=np.uint16) for tokens in batch]
         import awkward
 
         batch = self.fast.encode_batch([utf8(text) for text in texts])
         tokens, lengths = awkward.to_numpy(awkward.flatten(batch)), awkward.to_numpy(awkward.num(batch))
-        encoded = np.split(tokens.astype(np.uint16), np.cumsum(lengths)[:-1]) if texts else []
-        for text, fast in list(zip(texts, encoded, strict=True))[::SAMPLE_EVERY]:
+        ends = np.cumsum(lengths)
+        tokens = np.insert(tokens.astype(np.uint16), ends - lengths, self.end_of_text)
+        ends = [0, *(ends + np.arange(1, len(texts) + 1)).tolist()]
+        documents = [tokens[begin:end] for begin, end in pairwise(ends)]
+        for text, document in list(zip(texts, documents, strict=True))[::SAMPLE_EVERY]:
             check(
-                fast.tolist() == self.encode(text),
+                document[1:].tolist() == self.encode(text),
                 f"gigatoken and tiktoken encode a text differently, {text[:60]!r}: pip uninstall gigatoken, and run it"
                 " again with tiktoken alone",
             )
-        return encoded
+        return documents
 
     @functools.cached_property
     def fast(self) -> Any:
@@ -188,9 +187,6 @@ class BytesTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(utf8(text))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(utf8(text), dtype=np.uint8).astype(np.uint16) for text in texts]
 
     def text_bytes(self, token: int) -> bytes:
         return bytes([token])

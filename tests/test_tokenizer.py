@@ -60,7 +60,7 @@ def utf16(pair: str) -> str:
 def test_no_text_becomes_a_special_token(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert all(0 <= token < tokenizer.end_of_text for token in tokens)
-    assert all((batch < tokenizer.end_of_text).all() for batch in tokenizer.encode_batch([text]))
+    assert all((document[1:] < tokenizer.end_of_text).all() for document in tokenizer.encode_documents([text]))
 
 
 @relaxed
@@ -88,10 +88,10 @@ def test_bytes_are_their_own_ids():
 
 @relaxed
 @given(texts=st.lists(ANY_TEXTS, max_size=6))
-def test_batch_equals_one_by_one(tokenizer, texts):
-    batch = tokenizer.encode_batch(texts)
-    assert [tokens.tolist() for tokens in batch] == [tokenizer.encode(text) for text in texts]
-    assert all(tokens.dtype == np.uint16 and tokens.ndim == 1 for tokens in batch)
+def test_documents_equal_one_by_one(tokenizer, texts):
+    documents = tokenizer.encode_documents(texts)
+    assert [tokens.tolist() for tokens in documents] == [[tokenizer.end_of_text, *tokenizer.encode(t)] for t in texts]
+    assert all(tokens.dtype == np.uint16 and tokens.ndim == 1 for tokens in documents)
 
 
 def test_fast_encoding_of_long_texts_is_tiktoken(gpt2_tokenizer):
@@ -108,16 +108,16 @@ def test_fast_encoding_of_long_texts_is_tiktoken(gpt2_tokenizer):
         "don't we'LL " * 999,
     ]
     assert gpt2_tokenizer.fast is not None
-    for text, tokens in zip(texts, gpt2_tokenizer.encode_batch(texts), strict=True):
-        assert tokens.tolist() == gpt2_tokenizer.encode(text)
+    for text, tokens in zip(texts, gpt2_tokenizer.encode_documents(texts), strict=True):
+        assert tokens[1:].tolist() == gpt2_tokenizer.encode(text)
 
 
 def test_without_gigatoken_tiktoken_encodes_and_says_so(gpt2_tokenizer, monkeypatch, capsys):
     texts = ["Some words.", "", "<|endoftext|>", "half a pair \ud800"]
-    expected = [tokens.tolist() for tokens in gpt2_tokenizer.encode_batch(texts)]
+    expected = [tokens.tolist() for tokens in gpt2_tokenizer.encode_documents(texts)]
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     slow = GPT2Tokenizer()
-    assert [tokens.tolist() for tokens in slow.encode_batch(texts)] == expected
+    assert [tokens.tolist() for tokens in slow.encode_documents(texts)] == expected
     assert slow.fast is None and capsys.readouterr().out.count("gigatoken is not installed") == 1
 
 
@@ -125,7 +125,7 @@ def test_a_difference_between_the_encoders_stops(gpt2_tokenizer, monkeypatch):
     pytest.importorskip("gigatoken")
     monkeypatch.setattr(gpt2_tokenizer, "encode", lambda text: [1, 2, 3])
     with pytest.raises(UserError, match="gigatoken and tiktoken encode a text differently, 'Some words"):
-        gpt2_tokenizer.encode_batch(["Some words."])
+        gpt2_tokenizer.encode_documents(["Some words."])
 
 
 def test_special_tokens_are_shown_by_name(tokenizer):
