@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOSS_CHUNK = {"cpu": 2**23, "gpu": 2**29}  # logits that are in memory at once when there are targets
+LOSS_CHUNK = {"cpu": 2**24, "gpu": 2**29}  # logits that are in memory at once when there are targets
 IGNORE = -100  # a target with this value is not learned; F.cross_entropy's own default
 
 
@@ -171,7 +171,10 @@ class SummedCrossEntropy(torch.autograd.Function):
                 d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1))
                 d_logits = d_logits.masked_fill_(ignored, 0).to(x.dtype)
                 torch.mm(d_logits, weight, out=d_hidden[begin : begin + rows])
-                d_weight += torch.mm(d_logits.t(), x)
+                if d_weight.dtype == x.dtype:
+                    d_weight.addmm_(d_logits.t(), x)
+                else:
+                    d_weight += torch.mm(d_logits.t(), x)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
