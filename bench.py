@@ -196,6 +196,7 @@ def tokenize_usual(files: list[Path], folder: Path, most: int = 4_000_000) -> fl
             writer.add(tokens)
             if writer.tokens >= most:
                 break
+        writer.close()
         seconds = time.perf_counter() - started
         pool.terminate()
     return writer.tokens / seconds
