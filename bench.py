@@ -356,7 +356,7 @@ def losses(config: Config, procs: Processes) -> Iterator[Row]:
             data = TokenDataset(config.data, model.config.block_size)
             loss = validate(model, val_batches(data, 64, 4), procs)
             plain = plain or loss
-            yield Row(f"validation loss, {name}", loss, "nats", peer="float32", ratio=loss / plain)
+            yield Row(f"validation loss, {name} ({loss - plain:+.5f})", loss, "nats")
 
 
 if __name__ == "__main__":

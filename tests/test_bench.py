@@ -92,5 +92,5 @@ def test_generate(small):
 
 def test_losses_at_lower_precision(pretrained, text_data):
     rows = list(bench.losses(bench.Config(checkpoint=str(pretrained), data=str(text_data)), ALONE))
-    assert [row.what for row in rows] == [f"validation loss, {name}" for name in ("float32", "bfloat16", "int8")]
-    assert rows[0].ratio == 1 and all(row.ratio == pytest.approx(1, abs=0.02) for row in rows)
+    assert [row.what.split(" (")[0] for row in rows] == [f"validation loss, {name}" for name in bench.PRECISIONS]
+    assert "(+0.00000)" in rows[0].what and all(row.value == pytest.approx(rows[0].value, rel=0.02) for row in rows)
