@@ -495,6 +495,17 @@ def test_loss_in_chunks_equals_the_plain_one(monkeypatch, rows, dtype):
         assert one.dtype == other.dtype and (one - other).norm() <= tolerance * other.norm()
 
 
+def test_model_and_loss_are_one_graph():
+    """torch.compile finds nothing that it would have to leave, and the same numbers come out."""
+    model, tokens = GPT(SMALL), torch.randint(SMALL.vocab_size, (5, 12))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = [forward(tokens, tokens) for forward in (model, compiled)]
+    close(losses[1], losses[0])
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    for one, other in zip(*gradients, strict=True):
+        close(one, other)
+
+
 @torch.no_grad()
 def test_loss_of_a_bfloat16_model_is_summed_in_float32():
     model, tokens = small_model().to(torch.bfloat16), random_tokens(4, 16)
