@@ -78,7 +78,8 @@ class Row:
         spread = "" if self.spread is None else f"±{self.spread:.0%}"
         limit = "" if self.limit is None else f"{self.limit:.0%}"
         ratio = "" if self.ratio is None else f"{self.ratio:.2f} x {self.peer}"
-        return f"{self.what:<42} {self.value:>14,.4g} {self.unit:<10} {spread:>6} {limit:>8}   {ratio}".rstrip()
+        value = f"{self.value:,.0f}" if self.value >= 1000 else f"{self.value:.4g}"
+        return f"{self.what:<42} {value:>12} {self.unit:<10} {spread:>6} {limit:>8}   {ratio}".rstrip()
 
 
 def main(config: Config) -> None:
@@ -91,7 +92,7 @@ def main(config: Config) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     rows = []
-    print(f"{'':<42} {'':>14} {'':<10} {'spread':>6} {'of limit':>8}   beside a peer")
+    print(f"{'':<42} {'':>12} {'':<10} {'spread':>6} {'of limit':>8}   beside a peer")
     for row in measurements(config, procs):
         print(row, flush=True)
         rows.append(row)
