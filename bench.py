@@ -13,6 +13,7 @@ with tiktoken.  Training counts 6 N + 12 L C T operations per token (see model.p
 
 import copy
 import functools
+import importlib.util
 import json
 import multiprocessing
 import re
@@ -89,18 +90,23 @@ def main(config: Config) -> None:
     )
     device = find_device(config.device)
     procs = Processes(0, 1, device, find_dtype(None, device))
+    peer = config.stage == "tokenize" or importlib.util.find_spec("transformers")
+    cli.check(bool(peer), "the peer is not installed: pip install -r requirements-dev.txt")
+    trained = trained_model(config) if config.checkpoint else None
+    if config.json is not None:
+        config.json.write_text("")
     if device.type == "cpu":
         keep_freed_memory()
     rows = []
     print(f"{'':<42} {'':>12} {'':<10} {'spread':>6} {'of limit':>8}   beside a peer")
-    for row in measurements(config, procs):
+    for row in measurements(config, procs, trained):
         print(row, flush=True)
         rows.append(row)
     if config.json is not None:
         config.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
-def measurements(config: Config, procs: Processes) -> Iterator[Row]:
+def measurements(config: Config, procs: Processes, trained: tuple[GPT, TokenDataset] | None) -> Iterator[Row]:
     """The rows of the table, one by one."""
     flops, source = peak_flops(procs)
     bandwidth = read_bandwidth(procs)
@@ -112,8 +118,8 @@ def measurements(config: Config, procs: Processes) -> Iterator[Row]:
         yield from train(config, procs, flops)
     if config.stage in ("all", "generate"):
         yield from decode(config, procs, bandwidth)
-    if config.checkpoint is not None:
-        yield from losses(config, procs)
+    if trained is not None:
+        yield from losses(*trained, procs)
 
 
 def read_bandwidth(procs: Processes) -> float:
@@ -184,6 +190,7 @@ def tokenize_ours(files: list[Path], folder: Path, tokenizer: GPT2Tokenizer) -> 
         for tokens in tokenizer.encode_documents(texts):
             writer.add(tokens)
     writer.close()
+    cli.check(writer.tokens > 0, "--files hold no text")
     return writer.tokens / (time.perf_counter() - started)
 
 
@@ -348,14 +355,21 @@ def decode_theirs(model: torch.nn.Module, tokens: int) -> float:
     return tokens / (times[1] - times[0])
 
 
-def losses(config: Config, procs: Processes) -> Iterator[Row]:
-    """The validation loss of a checkpoint at each precision, on at most 64 rows."""
-    plain = None
+def trained_model(config: Config) -> tuple[GPT, TokenDataset]:
+    """--checkpoint and --data.  Raises `UserError` where they do not go together."""
+    loaded = checkpoint.load(config.checkpoint)
+    data = TokenDataset(config.data, loaded.model.config.block_size)
+    names = loaded.tokenizer.name, data.tokenizer.name
+    cli.check(names[0] == names[1], f"--checkpoint has {names[0]} tokens and --data {names[1]} tokens")
+    return loaded.model, data
+
+
+def losses(model: GPT, data: TokenDataset, procs: Processes) -> Iterator[Row]:
+    """The validation loss at each precision, on at most 64 rows."""
+    procs, plain = replace(procs, dtype=torch.float32), None  # the precision is the model's own
     for name, how in PRECISIONS.items():
         if on(procs, name):
-            model = prepare(checkpoint.load(config.checkpoint).model, procs.device, *how)
-            data = TokenDataset(config.data, model.config.block_size)
-            loss = validate(model, val_batches(data, 64, 4), procs)
+            loss = validate(prepare(copy.deepcopy(model), procs.device, *how), val_batches(data, 64, 4), procs)
             plain = plain or loss
             yield Row(f"validation loss, {name} ({loss - plain:+.5f})", loss, "nats")
 

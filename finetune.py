@@ -3,7 +3,7 @@
     python finetune.py                                              # the best checkpoint of runs/gpt2, on data/dolly
     python finetune.py --init openai-community/gpt2                 # OpenAI's GPT-2 124M from the hub instead
     python finetune.py --init runs/mine --data data/mine_chat --run mine_chat
-    torchrun --standalone --nproc_per_node=8 finetune.py --micro_batch_size 2
+    torchrun --standalone --nproc_per_node=8 finetune.py
 
 Only what the assistant says is learned.  The same command again goes on where the run stopped.  Three epochs of
 Dolly-15k are some six hundred steps: minutes on one GPU.
@@ -53,7 +53,8 @@ class Config:
     batch_tokens: int = 16_384
     """Tokens per step over all processes: packed rows, questions and padding counted."""
     micro_batch_size: int | None = None
-    """Rows that a process computes at once, the rest is gradient accumulation; None takes the most that fit."""
+    """Rows that a process computes at once; the rest is gradient accumulation.  None takes what the run had before,
+    else the most that fit on the GPU, and on a CPU about 4,096 tokens."""
     lr: float = 1e-4
     """The highest learning rate."""
     warmup_fraction: float = 0.05

@@ -62,6 +62,7 @@ class Config:
 def main(config: Config) -> None:
     check_config(config)
     device = find_device(config.device)
+    check(config.quantize is None or device.type == "cpu", "--quantize is for CPUs: add --device cpu, or leave it out")
     source = config.checkpoint or ("runs/dolly" if checkpoint.checkpoints(run_folder("dolly")) else "runs/gpt2")
     loaded = checkpoint.load(source)
     check(loaded.chat or not config.chat, f"{loaded.source} is not a chat model: finetune it first, or use --prompt")

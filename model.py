@@ -271,6 +271,9 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, positions, cache)
         if targets is None:
             return self.logits(hidden)
+        if self.head is not None:  # of a model that only generates, and has no gradients
+            logits = self.logits(hidden).flatten(0, 1).float()
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
         weight = self.wte.weight
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 import cli
-from checkpoint import best, run_folder
+from checkpoint import best, checkpoints, run_folder
 from data import TokenDataset, all_train_batches, train_batches, val_batches
 from model import GPT, PRESETS
 from runs import Log, Run, peak_flops
@@ -54,7 +54,8 @@ class Config:
     batch_tokens: int = 524_288
     """Tokens per step over all processes."""
     micro_batch_size: int | None = None
-    """Rows that a process computes at once, the rest is gradient accumulation; None takes the most that fit."""
+    """Rows that a process computes at once; the rest is gradient accumulation.  None takes what the run had before,
+    else the most that fit on the GPU, and on a CPU about 4,096 tokens."""
     lr: float = 6e-4
     """The highest learning rate."""
     warmup_fraction: float = 0.04
@@ -84,7 +85,7 @@ class Config:
     max_minutes: float | None = None
     """Save and stop after so long, with exit code 75; the same command goes on."""
     dry_run: bool = False
-    """Check everything, time some steps, tell what the whole run will take, and leave nothing behind."""
+    """Check data, batch, memory and disk, time some steps, tell what the whole run will take, leave nothing behind."""
     gpu_dollars_per_hour: float | None = None
     """The price of one GPU, for the cost that --dry_run tells."""
     compile: bool = field(default_factory=torch.cuda.is_available)
@@ -190,8 +191,10 @@ def rehearse(config: Config, data: TokenDataset, rows: int, procs: Processes) ->
         tokens_per_s, (flops, source) = config.batch_tokens / step, peak_flops(procs)
         mfu = tokens_per_s * model.flops_per_token() / (flops * procs.world_size)
         duration = timedelta(seconds=round(config.steps * step))
-        size, free = checkpoint_bytes(model), shutil.disk_usage(existing(run_folder(config.run))).free
+        folder = run_folder(config.run)
+        size, free = checkpoint_bytes(model), shutil.disk_usage(existing(folder)).free
         need = (config.keep + 2) * size  # the newest, the best, and the one that is being written
+        need = max(0, need - len(checkpoints(folder)) * size)
         if procs.device.type == "cuda":
             print(f"memory     {procs.memory_used():.0%} of the GPU's at most")
         print(f"disk       {need / 1e9:.2f} GB for checkpoints of {size / 1e9:.2f} GB, {free / 1e9:.1f} GB free")

@@ -13,8 +13,9 @@ last, which makes the folder complete: what the data is, where it came from, and
 """
 
 import hashlib
+import queue
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -232,12 +233,28 @@ def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
 
 
 def read_ahead(items: Iterator) -> Iterator:
-    """The same items; the next one is read by a thread of its own while this one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = reader.submit(next, items, None)
-            yield item
+    """The same items; the next ones are read by a thread of its own while this one is worked on.
+
+    The thread does not keep the process from ending: what it reads then is not wanted any more.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=1)
+
+    def read() -> None:
+        try:
+            for item in items:
+                ready.put((item, None))
+            ready.put((None, StopIteration))
+        except BaseException as error:
+            ready.put((None, error))
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        item, error = ready.get()
+        if error is StopIteration:
+            return
+        if error is not None:
+            raise error
+        yield item
 
 
 # ---- python shards.py FOLDER ---------------------------------------------------------------------------------------

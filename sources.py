@@ -139,7 +139,7 @@ class HubSource:
     It is read in Arrow tables, which `datasets` hands on several times faster than single rows.
 
     Args:
-        column: the only one to read; None reads all.
+        column: the only one that records have; None gives all.
 
     Raises:
         UserError: no such dataset, or no network.

@@ -127,8 +127,8 @@ def start_processes(device: str | None, dtype: str | None, deterministic: bool) 
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of tensors that are freed, for the next ones: on CPU every step frees and takes the
-    same sizes, and new pages from the kernel took 14 % of the demo's step.  Elsewhere than glibc nothing happens."""
+    """Have glibc keep the memory of freed tensors of up to 32 MB for the next ones: on a CPU every step frees and takes
+    the same sizes, and new pages from the kernel took 14 % of the demo's step.  Without glibc nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in {-3: 2**25, -1: 2**31 - 1, -2: 2**26}.items():  # M_MMAP_THRESHOLD, _TRIM_, TOP_PAD
@@ -141,6 +141,7 @@ def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
     if procs.world_size > 1:
         device_ids = [procs.device.index] if procs.device.type == "cuda" else None
         trained = nn.parallel.DistributedDataParallel(trained, device_ids, gradient_as_bucket_view=True)
+    gc.collect()
     gc.freeze()  # what is here now stays to the end: the garbage collector need not look through it again
     return trained
 
@@ -180,13 +181,15 @@ def largest_that_fits(
     model: GPT, data: Dataset, optimizer: torch.optim.Optimizer, sizes: Sequence[int], procs: Processes
 ) -> int:
     """The largest of some micro-batch sizes, in rising order, whose forward and backward pass fits on every process's
-    GPU.  Weights, gradients and random numbers stay as they were.  Raises `UserError` where none fits."""
-    reserved, fitting = None, 0
-    if not optimizer.state:  # it will have two numbers for each weight after the first step
-        reserved = torch.empty(2, model.config.num_parameters, device=procs.device)
+    GPU.  Weights and gradients stay as they were.  Raises `UserError` where none fits."""
+    batch, reserved, fitting = None, None, 0
     for size in sizes:
-        batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
         try:
+            if (
+                reserved is None and not optimizer.state
+            ):  # it will have two numbers for each weight after the first step
+                reserved = torch.empty(2, model.config.num_parameters, device=procs.device)
+            batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
             with procs.autocast():
                 loss = model(batch.tokens, batch.targets, batch.positions)
             loss.backward()
@@ -201,7 +204,8 @@ def largest_that_fits(
     del reserved, batch
     gc.collect()
     torch.accelerator.empty_cache()
-    check(fitting > 0, "not even one row at a time fits in the GPU's memory: choose a smaller --model")
+    procs.memory_used()  # the next question is about what comes now
+    check(fitting > 0, "not even one row at a time fits in the GPU's memory: choose a smaller model")
     return fitting
 
 

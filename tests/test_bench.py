@@ -91,6 +91,16 @@ def test_generate(small):
 
 
 def test_losses_at_lower_precision(pretrained, text_data):
-    rows = list(bench.losses(bench.Config(checkpoint=str(pretrained), data=str(text_data)), ALONE))
+    rows = list(
+        bench.losses(*bench.trained_model(bench.Config(checkpoint=str(pretrained), data=str(text_data))), ALONE)
+    )
     assert [row.what.split(" (")[0] for row in rows] == [f"validation loss, {name}" for name in bench.PRECISIONS]
     assert "(+0.00000)" in rows[0].what and all(row.value == pytest.approx(rows[0].value, rel=0.02) for row in rows)
+
+
+def test_what_is_wrong_is_said_before_the_work(fails, chat_data, pretrained, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    assert "--files hold no text" in fails("bench.py", "tokenize", "--files", "empty.txt", "--repeats", 1)
+    assert "belong together" in fails("bench.py", "--checkpoint", pretrained)
+    assert "holds chat data" in fails("bench.py", "--checkpoint", pretrained, "--data", chat_data)
+    assert "nowhere/x.jsonl" in fails("bench.py", "tokenize", "--json", "nowhere/x.jsonl")

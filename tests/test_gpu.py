@@ -1,5 +1,6 @@
 """What only a GPU can show: the whole pipeline in bfloat16 and compiled, resumed and sampled."""
 
+import re
 import shutil
 
 import pytest
@@ -34,6 +35,14 @@ def test_pipeline_in_bfloat16_and_compiled(run_script, text_data, chat_data, tmp
     run_script("finetune.py", "--init", "./gpu", "--data", chat_data, "--run", "./chat", *TUNE)
     assert checkpoint.load(str(tmp_path / "chat")).chat
     run_script("generate.py", "--checkpoint", "./chat", "--prompt", "After 7?", "--num_samples", 4)
+
+
+def test_a_micro_batch_size_is_found_and_kept(run_script, text_data, tmp_path):
+    args = ("pretrain.py", "--data", text_data, "--run", "./run", "--model", "tiny", "--batch_tokens", 65_536)
+    args = (*args, "--steps", 2, "--no_compile")
+    assert "1,024 rows x 64 tokens x 1 processes x 1 micro-batches" in run_script(*args).stdout
+    told = run_script(*args, "--dry_run").stdout
+    assert re.search(r"memory +\d+% of the GPU's at most", told)
 
 
 def test_peak_comes_from_the_data_sheet_or_a_measurement():

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import error_of
 
-from cli import UserError
 from inference import Int8Linear, RowLinear, prepare
 from model import GPT, GPTConfig, KVCache
 
@@ -67,9 +67,13 @@ def test_the_prompt_is_read_once_for_all_samples(model):
     assert close(model(more, cache=once), model(more, cache=thrice), 1e-5)
 
 
-def test_quantize_is_for_cpus(model):
-    with pytest.raises(UserError, match="--quantize is for CPUs, and the model runs on meta"):
-        prepare(copy.deepcopy(model), torch.device("meta"), torch.float32, quantize=True)
+@torch.inference_mode()
+def test_the_loss_is_that_of_the_prepared_logits(model):
+    """The 8-bit output layer counts too."""
+    prepared = prepare(copy.deepcopy(model), CPU, torch.float32, quantize=True)
+    tokens = torch.randint(CONFIG.vocab_size, (2, 20))
+    expected = F.cross_entropy(prepared(tokens).flatten(0, 1), tokens.flatten(), reduction="sum")
+    assert torch.equal(prepared(tokens, tokens), expected) and not torch.equal(model(tokens, tokens), expected)
 
 
 def test_generate_quantized(run_script, pretrained):

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -365,3 +368,16 @@ def test_reading_ahead_changes_nothing():
     with pytest.raises(UserError, match="the fourth is damaged"):
         next(ahead)
     assert list(read_ahead(iter([]))) == []
+
+
+def test_reading_ahead_does_not_hold_up_the_end(tmp_path):
+    """A read that takes for ever keeps neither a loop from being left nor the process from ending."""
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from shards import read_ahead\n"
+        "def items():\n"
+        "    yield 1\n"
+        "    time.sleep(1000)\n"
+        "for item in read_ahead(items()): break\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(ROOT)], check=True, timeout=60)
