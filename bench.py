@@ -6,9 +6,10 @@
     python bench.py generate --checkpoint runs/demo --data data/demo        # and what lower precision costs in loss
 
 The limits are measured first: a square matrix product in the training precision, and the reading of memory.  Then ours
-and the peer take turns, after a warm-up, and the medians are compared; "spread" is half the range of ours, as a part of
-the median.  The peers are the usual ways: transformers' GPT-2, a loss over all logits at once, and a process pool
-with tiktoken.  Training counts 6 N + 12 L C T operations per token (see model.py).
+and the peer take turns, after a warm-up, and the medians are compared, in a row for each peer.  "spread" is half the
+range of ours, as a part of the median, "limit" the part of the machine's limit.  The peers are the usual ways:
+transformers' GPT-2, a loss over all logits at once, and a process pool with tiktoken.  Training counts 6 N + 12 L C T
+operations per token (see model.py).
 """
 
 import copy
@@ -98,7 +99,7 @@ def main(config: Config) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     rows = []
-    print(f"{'':<42} {'':>12} {'':<10} {'spread':>6} {'of limit':>8}   beside a peer")
+    print(f"{'':<42} {'':>12} {'':<10} {'spread':>6} {'limit':>8}   beside a peer")
     for row in measurements(config, procs, trained):
         print(row, flush=True)
         rows.append(row)
@@ -150,7 +151,8 @@ def rows_of(measured: dict[str, list[float]], peers: dict[str, str], unit: str, 
     """A row for each candidate that is ours, one more for each of its peers; `limit` is 100 %."""
     medians = {name: statistics.median(values) for name, values in measured.items()}
     for name, peer in peers.items():
-        spread = (max(measured[name]) - min(measured[name])) / 2 / medians[name]
+        values = measured[name]
+        spread = (max(values) - min(values)) / 2 / medians[name] if len(values) > 1 else None
         part = medians[name] / limit if limit else None
         ratio = medians[name] / medians[peer] if peer in medians else None
         yield Row(name, medians[name], unit, spread, part, peer, ratio)

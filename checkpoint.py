@@ -152,7 +152,7 @@ def newest_whole(run: Path, tell: bool = False) -> Path | None:
             return folder
         except UserError as error:
             if tell:
-                print(f"warning: {error}; going on from an earlier checkpoint", file=sys.stderr)
+                print(f"warning: {error}; trying an earlier checkpoint", file=sys.stderr)
     check(not found, f"all checkpoints of {run} are damaged: delete them to start anew, or choose another --run")
     return None
 

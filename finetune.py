@@ -90,6 +90,7 @@ def main(config: Config) -> None:
     cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
     if config.steps is not None:
         cli.check_range("steps", config.steps, 1)
+        cli.check(config.epochs == Config.epochs, "--epochs and --steps exclude each other: give one")
     procs = start_processes(config.device, config.dtype, config.deterministic)
     resumed = checkpoint.newest_whole(run_folder(config.run))  # then --init is not needed any more
     start = checkpoint.load(str(resumed or config.init))

@@ -136,7 +136,8 @@ def reached(writers: dict[str, ShardWriter], max_tokens: int | None) -> bool:
 def finish(writers: dict[str, ShardWriter], config: Config, skipped: int) -> dict:
     """Close the shards.  Raises `UserError` where a split got no document."""
     documents = sum(writer.documents for writer in writers.values())
-    check(documents > 0, f"no documents: the source holds none that is not empty ({skipped} empty ones)")
+    check(documents > 0, f"no documents: the source holds no text ({skipped} empty documents)")
+    check(documents > 1, "the source holds one document, and training and validation need one each: give more text")
     for split, writer in writers.items():
         direction = "larger" if split == "val" else "smaller"
         check(

@@ -195,10 +195,10 @@ def rehearse(config: Config, data: TokenDataset, rows: int, procs: Processes) ->
         size, free = checkpoint_bytes(model), shutil.disk_usage(existing(folder)).free
         need = (config.keep + 2) * size  # the newest, the best, and the one that is being written
         need = max(0, need - len(checkpoints(folder)) * size)
-        if procs.device.type == "cuda":
-            print(f"memory     {procs.memory_used():.0%} of the GPU's at most")
+        print(f"memory     {procs.memory_used():.0%} of the {procs.device.type}'s at most, each process")
         print(f"disk       {need / 1e9:.2f} GB for checkpoints of {size / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
-        print(f"speed      {tokens_per_s:,.0f} tokens/s, {step:.2f} s a step, {mfu:.1%} MFU ({source})")
+        print(f"limit      {flops / 1e12:,.2f} TFLOP/s for each process is 100 % MFU ({source})")
+        print(f"speed      {tokens_per_s:,.0f} tokens/s, {step:.2f} s a step, {mfu:.1%} MFU")
         price = (config.gpu_dollars_per_hour or 0) * procs.world_size
         cost = f", ${duration.total_seconds() / 3600 * price:,.2f} at ${price:g} an hour" if price else ""
         print(f"whole run  {config.steps:,} steps in {duration}{cost}, without validation")

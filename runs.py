@@ -101,7 +101,8 @@ class Run:
 
     def _check_same(self, held: dict, now: dict) -> None:
         check(
-            ("init" in held) == ("init" in now), f"{self.folder} is a run of the other training script: choose another"
+            ("init" in held) == ("init" in now),
+            f"{self.folder} is a run of the other training script: choose another --run",
         )
         names = [name for name in {**held, **now} if held.get(name) != now.get(name)]
         changes = ", ".join(f"{name} was {held.get(name)} and is now {now.get(name)}" for name in names)
@@ -163,6 +164,8 @@ class Run:
         # torchrun passes on a Ctrl-C that all processes have had from the terminal: within a second it is the same one.
         if number == signal.SIGINT and self.signalled and time.monotonic() - self.signalled > 1:
             os._exit(130)
+        if not self.signalled and self.procs.is_main:
+            os.write(2, b"\nstopping when this step is done\n")  # print() must not be interrupted by itself
         self.stop_reason = self.stop_reason or signal.Signals(number).name
         self.signalled = self.signalled or time.monotonic()
 
@@ -215,7 +218,7 @@ class Log:
         flops, source = peak_flops(self.procs)
         self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
         self.progress = Progress(steps, "step", initial=step, enabled=self.procs.is_main)
-        self.progress.print(f"100 % MFU  {flops / 1e12:,.2f} TFLOP/s for each process ({source})")
+        self.progress.print(f"limit      {flops / 1e12:,.2f} TFLOP/s for each process is 100 % MFU ({source})")
 
     def step(self, step: int, metrics: dict[str, Tensor], lr: float, started: float) -> None:
         """Tell of a training step that began when `time.perf_counter()` was `started`."""

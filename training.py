@@ -5,6 +5,7 @@ import ctypes
 import gc
 import math
 import os
+import resource
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,11 @@ class Processes:
         return bool(total[0] ** 2 == self.world_size * total[1])  # equality in Cauchy-Schwarz
 
     def memory_used(self) -> float:
-        """The part of the GPU's memory that was taken at most since the last question."""
+        """The part of the device's memory that was taken at most: of a GPU's since the last question, of the machine's
+        since this process began."""
+        if self.device.type != "cuda":
+            machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / machine
         used = torch.cuda.max_memory_reserved(self.device) / torch.cuda.mem_get_info(self.device)[1]
         torch.cuda.reset_peak_memory_stats(self.device)
         return used
@@ -81,7 +86,7 @@ def find_device(device: str | None, local_rank: int = 0) -> torch.device:
     Raises `UserError` where the machine has no such device.
     """
     name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    wrong = f"--device {name}: this machine has no such device; leave it out to use the best there is"
+    wrong = f"--device {name}: this machine has no such device; give cuda, mps or cpu, or leave it out"
     try:
         found = torch.device(name)
     except RuntimeError:

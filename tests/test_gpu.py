@@ -42,7 +42,7 @@ def test_a_micro_batch_size_is_found_and_kept(run_script, text_data, tmp_path):
     args = (*args, "--steps", 2, "--no_compile")
     assert "1,024 rows x 64 tokens x 1 processes x 1 micro-batches" in run_script(*args).stdout
     told = run_script(*args, "--dry_run").stdout
-    assert re.search(r"memory +\d+% of the GPU's at most", told)
+    assert re.search(r"memory +\d+% of the cuda's at most", told)
 
 
 def test_peak_comes_from_the_data_sheet_or_a_measurement():

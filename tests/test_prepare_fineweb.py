@@ -165,9 +165,9 @@ def test_another_text_field(prepare, tmp_path):
         ('{"text": null}\n', "bad.jsonl line 1: no text in field 'text'"),
         ('{"text": ["a"]}\n', "bad.jsonl line 1: no text in field 'text'"),
         ('{"text": "fine"}\n\n{"text": \n', "bad.jsonl line 3: malformed JSON"),
-        ("", r"no documents: the source holds none that is not empty \(0 empty ones\)"),
-        ('{"text": " "}\n{"text": ""}\n', r"no documents: the source holds none that is not empty \(2 empty ones\)"),
-        ('{"text": "just one"}\n', "none of the 1 documents fell into the val split at --val_fraction 0.2"),
+        ("", r"no documents: the source holds no text \(0 empty documents\)"),
+        ('{"text": " "}\n{"text": ""}\n', r"no documents: the source holds no text \(2 empty documents\)"),
+        ('{"text": "just one"}\n', "the source holds one document, and training and validation need one each"),
     ],
 )
 def test_a_source_that_cannot_be_used(prepare, tmp_path, lines, message):
