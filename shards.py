@@ -12,6 +12,7 @@ last, which makes the folder complete: what the data is, where it came from, and
     python shards.py data/fineweb_edu                               # compare every file with its checksum
 """
 
+import contextlib
 import hashlib
 import queue
 import threading
@@ -235,26 +236,37 @@ def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
 def read_ahead(items: Iterator) -> Iterator:
     """The same items; the next ones are read by a thread of its own while this one is worked on.
 
-    The thread does not keep the process from ending: what it reads then is not wanted any more.
+    Who leaves early waits some seconds for the item that is being read, as a thread that dies in the middle of C++ can
+    take the process with it, but not for one that never comes.
     """
     ready: queue.Queue = queue.Queue(maxsize=1)
+    left = threading.Event()
 
     def read() -> None:
         try:
             for item in items:
                 ready.put((item, None))
+                if left.is_set():
+                    return
             ready.put((None, StopIteration))
         except BaseException as error:
             ready.put((None, error))
 
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        item, error = ready.get()
-        if error is StopIteration:
-            return
-        if error is not None:
-            raise error
-        yield item
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is StopIteration:
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        left.set()
+        with contextlib.suppress(queue.Empty):
+            ready.get_nowait()  # which the reader may be waiting to hand over
+        reader.join(timeout=5)
 
 
 # ---- python shards.py FOLDER ---------------------------------------------------------------------------------------
