@@ -126,14 +126,8 @@ def measurements(config: Config, procs: Processes, trained: tuple[GPT, TokenData
 def read_bandwidth(procs: Processes) -> float:
     """Bytes per second of a matrix-vector product that is far larger than all caches, the best of several."""
     matrix = torch.ones(2**14, 2**13, device=procs.device)
-    vector, fastest = torch.ones(2**13, device=procs.device), float("inf")
-    for _ in range(5):
-        procs.synchronize()
-        started = time.perf_counter()
-        torch.mv(matrix, vector)
-        procs.synchronize()
-        fastest = min(fastest, time.perf_counter() - started)
-    return matrix.numel() * matrix.element_size() / fastest
+    vector = torch.ones(2**13, device=procs.device)
+    return matrix.numel() * matrix.element_size() / procs.fastest(lambda: torch.mv(matrix, vector))
 
 
 def rates(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

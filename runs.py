@@ -48,14 +48,7 @@ def peak_flops(procs: Processes) -> tuple[float, str]:
                 return flops, f"{name}, data sheet"
     n = 8192 if procs.device.type == "cuda" else 1024
     a = torch.randn(n, n, device=procs.device, dtype=procs.dtype)
-    fastest = math.inf
-    for _ in range(8):
-        procs.synchronize()
-        started = time.perf_counter()
-        torch.mm(a, a)
-        procs.synchronize()
-        fastest = min(fastest, time.perf_counter() - started)
-    return 2 * n**3 / fastest, f"{procs.device.type}, measured"
+    return 2 * n**3 / procs.fastest(lambda: torch.mm(a, a)), f"{procs.device.type}, measured"
 
 
 # How a run is computed and kept, as against what it computes: these flags may change when it is resumed.

@@ -53,7 +53,7 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of each text behind an end-of-text token, as uint16 arrays."""
-        return [np.array([self.end_of_text, *self.encode(text)], dtype=np.uint16) for text in texts]
+        raise NotImplementedError
 
     def text_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of one text token."""
@@ -187,6 +187,10 @@ class BytesTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(utf8(text))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        start = np.array([self.end_of_text], dtype=np.uint16)
+        return [np.concatenate([start, np.frombuffer(utf8(text), dtype=np.uint8)]) for text in texts]
 
     def text_bytes(self, token: int) -> bytes:
         return bytes([token])

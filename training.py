@@ -6,7 +6,8 @@ import gc
 import math
 import os
 import resource
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,18 @@ class Processes:
         """Wait for the device, so that a clock can be read."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+
+    def fastest(self, work: Callable[[], Any], n: int = 8) -> float:
+        """Seconds that some work takes on the device, the best of several times."""
+
+        def seconds() -> float:
+            self.synchronize()
+            started = time.perf_counter()
+            work()
+            self.synchronize()
+            return time.perf_counter() - started
+
+        return min(seconds() for _ in range(n))
 
     def close(self) -> None:
         """Leave the other processes."""
@@ -190,9 +203,7 @@ def largest_that_fits(
     batch, reserved, fitting = None, None, 0
     for size in sizes:
         try:
-            if (
-                reserved is None and not optimizer.state
-            ):  # it will have two numbers for each weight after the first step
+            if reserved is None and not optimizer.state:  # two numbers for each weight, from the first step on
                 reserved = torch.empty(2, model.config.num_parameters, device=procs.device)
             batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
             with procs.autocast():
