@@ -21,7 +21,7 @@ from torch import Tensor
 from cli import UserError, check
 from files import flush, publish, read_json, sha256, write_json
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import CHAT_TOKENS, TOKENIZERS, Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 RUNS = Path("runs")
@@ -188,26 +188,38 @@ def discard(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model to start from, and where it came from: `tokenizer` is the one it was trained with; `chat` says whether it
-    was finetuned to the chat format."""
+    """A model to start from, and where it came from.
+
+    Attributes:
+        tokenizer: the one it was trained with.
+        chat: whether it was finetuned to the chat format.
+        source: the folder or hub id.
+        history: each training that made it, the first one first: "source" of the data, "step", "metrics", and "config",
+            the flags; {"source": SOURCE} alone for weights that were not trained here.
+    """
 
     model: GPT
     tokenizer: Tokenizer
     chat: bool
     source: str
+    history: list[dict]
 
 
-def load(source: str) -> Loaded:
-    """A model from a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a hub id.
+def load(source: str | None) -> Loaded:
+    """A model from a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a hub id; None takes
+    runs/dolly, and runs/gpt2 where that is not there.
 
     Raises `UserError`: nothing of the kind is there, or it is damaged.
     """
+    source = source or ("runs/dolly" if checkpoints(RUNS / "dolly") else "runs/gpt2")
     folder = run_folder(source) if run_folder(source).is_dir() else Path(source)
     if folder.is_dir() and checkpoints(folder):
         folder = best(folder)
     if (folder / "meta.json").is_file():
         meta = read_meta(folder)
-        return identify(load_weights(folder, meta), load_tokenizer(meta["tokenizer"]), str(folder))
+        training = {key: meta.get(key) for key in ("source", "step", "metrics", "config")}
+        history = [*meta.get("history", []), training]
+        return identify(load_weights(folder, meta), load_tokenizer(meta["tokenizer"]), str(folder), history)
     looks_like_path = folder.is_dir() or source.count("/") > 1 or source.startswith((".", "/", "runs/"))
     check(
         (folder / "config.json").is_file() or not looks_like_path,
@@ -219,12 +231,25 @@ def load(source: str) -> Loaded:
     except (OSError, ValueError) as error:
         also = "" if folder.is_dir() else f"; there is no run {run_folder(source)} either"
         raise UserError(f"{error}{also}") from None
-    return identify(model, load_tokenizer("gpt2"), source)
+    size = model.config.vocab_size
+    fitting = (name for name, t in TOKENIZERS.items() if size in (t.vocab_size, t.vocab_size + len(CHAT_TOKENS)))
+    loaded = identify(model, load_tokenizer(next(fitting, "gpt2")), source, [{"source": source}])
+    if loaded.chat and (folder / "tokenizer.json").is_file():
+        check_special_tokens(folder / "tokenizer.json", loaded.tokenizer)
+    return loaded
 
 
-def identify(model: GPT, tokenizer: Tokenizer, source: str) -> Loaded:
+def check_special_tokens(file: Path, tokenizer: Tokenizer) -> None:
+    """Compare a Hugging Face tokenizer's special tokens with ours.  Raises `UserError`: it has another chat format."""
+    added = read_json(file).get("added_tokens", [])
+    found = {token.get("content"): token.get("id") for token in added if isinstance(token, dict)}
+    ours = {token: tokenizer.vocab_size + i for i, token in enumerate(CHAT_TOKENS)}
+    check(ours.items() <= found.items(), f"{file} has another chat format: it has no {', '.join(CHAT_TOKENS)}")
+
+
+def identify(model: GPT, tokenizer: Tokenizer, source: str, history: list[dict]) -> Loaded:
     """Tell from the vocabulary whether a model has learned the chat format.  Raises `UserError` for any other size."""
     size, text, chat = model.config.vocab_size, tokenizer.vocab_size, tokenizer.chat_vocab_size
     fits = size in (text, chat)
     check(fits, f"{source} has a vocabulary of {size} tokens; {tokenizer.name} has {text}, and {chat} for a chat")
-    return Loaded(model, tokenizer, size == chat, source)
+    return Loaded(model, tokenizer, size == chat, source, history)

@@ -99,7 +99,7 @@ def main(config: Config) -> None:
     data = ChatDataset(config.data, block_size)
     check_tokenizer(config, start, data)
     steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / rows)
-    run = Run(config, data, procs)
+    run = Run(config, data, procs, start.history)
 
     model = start.model.adapt(data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)

@@ -18,7 +18,7 @@ import torch
 
 import checkpoint
 import cli
-from checkpoint import Loaded, run_folder
+from checkpoint import Loaded
 from cli import check
 from inference import prepare
 from sampling import generate
@@ -63,8 +63,7 @@ def main(config: Config) -> None:
     check_config(config)
     device = find_device(config.device)
     check(config.quantize is None or device.type == "cpu", "--quantize is for CPUs: add --device cpu, or leave it out")
-    source = config.checkpoint or ("runs/dolly" if checkpoint.checkpoints(run_folder("dolly")) else "runs/gpt2")
-    loaded = checkpoint.load(source)
+    loaded = checkpoint.load(config.checkpoint)
     check(loaded.chat or not config.chat, f"{loaded.source} is not a chat model: finetune it first, or use --prompt")
     check(config.system is None or (loaded.chat and not config.raw), "--system is for a chat model, and without --raw")
     prepare(loaded.model, device, getattr(torch, config.dtype), config.quantize is not None)

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,15 @@ class Run:
         config: the script's flags; all but `HOW` define the run, together with the data.
         data: what it is trained on.
         procs: who trains.
+        history: the trainings of the model that it starts from; see `Loaded`.
 
     Raises:
         UserError: the folder holds another run, or something else.
     """
 
-    def __init__(self, config: Any, data: Dataset, procs: Processes):
+    def __init__(self, config: Any, data: Dataset, procs: Processes, history: Sequence[dict] = ()):
         self.folder, self.config, self.procs = checkpoint.run_folder(config.run), config, procs
+        self.history, self.source = list(history), data.meta.get("source", {})
         self.tokenizer, self.log_file = data.tokenizer.name, self.folder / "log.jsonl"
         self.identity = {name: value for name, value in asdict(config).items() if name not in HOW}
         self.identity["data"] = data.fingerprint
@@ -91,6 +94,7 @@ class Run:
             meta = checkpoint.read_meta(self.newest)
             self._check_same(meta.get("identity", {}), self.identity)
             self.held = meta.get("config", {})
+            self.history = meta.get("history", [])
 
     def _check_same(self, held: dict, now: dict) -> None:
         check(
@@ -146,6 +150,8 @@ class Run:
                 "metrics": metrics,
                 "identity": self.identity,
                 "config": asdict(self.config),
+                "source": self.source,
+                "history": self.history,
             }
             folder = self.folder / f"step_{step:06d}"
             checkpoint.save(folder, model, checkpoint.optimizer_state(model, optimizer), meta)

@@ -163,3 +163,12 @@ def test_validation_does_not_depend_on_batching(chat_data):
     rows = range(data.n_rows["val"])
     one_by_one = validate(model, [data.batch("val", [row]) for row in rows], procs)
     assert validate(model, [data.batch("val", list(rows))], procs) == pytest.approx(one_by_one, rel=1e-6)
+
+
+def test_a_checkpoint_tells_of_every_training_that_made_it(finetuned, pretrained):
+    first, second = checkpoint.load(str(finetuned)).history
+    assert [first] == checkpoint.load(str(pretrained)).history
+    assert (first["config"]["model"], first["step"], second["step"]) == ("tiny", 12, 12)
+    for training, name in ((first, "text.jsonl"), (second, "chat.jsonl")):
+        assert training["source"]["files"][0]["file"].endswith(name)
+    assert second["metrics"]["val_loss"] > 0

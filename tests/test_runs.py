@@ -17,7 +17,7 @@ from runs import PEAK_FLOPS, Log, Run, peak_flops
 from training import Processes, build_optimizer
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
-DATA = SimpleNamespace(fingerprint="abc", tokenizer=SimpleNamespace(name="bytes"))
+DATA = SimpleNamespace(fingerprint="abc", tokenizer=SimpleNamespace(name="bytes"), meta={"source": {"files": []}})
 SHAPE = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)
 
 
@@ -74,7 +74,7 @@ def test_what_defines_the_run_may_not_change(flags):
     with pytest.raises(UserError, match=r"not this one: lr was 0\.001 and is now 0\.002;"):
         open_run(replace(flags, lr=2e-3))
     with pytest.raises(UserError, match="data was abc and is now xyz"):
-        open_run(flags, data=SimpleNamespace(fingerprint="xyz", tokenizer=DATA.tokenizer))
+        open_run(flags, data=SimpleNamespace(**vars(DATA) | {"fingerprint": "xyz"}))
     with pytest.raises(UserError, match="n_head was 1 and is now 2"):
         open_run(flags, replace(SHAPE, n_head=2))
 
