@@ -10,7 +10,6 @@ always does.
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +20,7 @@ import cli
 from checkpoint import Loaded
 from cli import check
 from inference import prepare
-from sampling import generate
-from tokenizer import TextStream
+from sampling import Sampling, answer_prompt, seeded, write
 from training import find_device
 
 
@@ -71,9 +69,9 @@ def main(config: Config) -> None:
     if config.chat:
         hold_conversation(config, writer)
     elif loaded.chat and not config.raw:
-        writer.write(answer_prompt(config, loaded, [*messages_before(config), message("user", config.prompt)]))
+        writer.answer([*messages_before(config), message("user", config.prompt)])
     else:
-        writer.write([loaded.tokenizer.end_of_text, *loaded.tokenizer.encode(config.prompt)], echo=config.prompt)
+        writer.go_on(config.prompt)
 
 
 def check_config(config: Config) -> None:
@@ -84,13 +82,15 @@ def check_config(config: Config) -> None:
     check(not (config.chat and config.raw), "--chat and --raw exclude each other: a chat needs the chat format")
     exact = config.dtype == "float32"
     check(config.quantize is None or exact, "--quantize and --dtype exclude each other: 8-bit weights have no other")
-    cli.check_range("temperature", config.temperature, 0, 100)
-    cli.check_range("top_p", config.top_p, 0, 1, open_low=True)
+    sampling(config)
+    cli.check_range("num_samples", config.num_samples, 1)
     if config.seed is not None:
         cli.check_range("seed", config.seed, 0, 2**63 - 1)
-    for name in ("max_tokens", "num_samples", "top_k"):
-        if getattr(config, name) is not None:
-            cli.check_range(name, getattr(config, name), 1)
+
+
+def sampling(config: Config) -> Sampling:
+    """How tokens are chosen.  Raises `UserError` where a value is out of range."""
+    return Sampling(config.temperature, config.top_k, config.top_p, config.max_tokens)
 
 
 def message(role: str, content: str) -> dict:
@@ -102,29 +102,29 @@ def messages_before(config: Config) -> list[dict]:
     return [message("system", config.system)] if config.system is not None else []
 
 
-def answer_prompt(config: Config, loaded: Loaded, messages: list[dict]) -> list[int]:
-    """The tokens after which the assistant speaks, shortened where they leave no room for an answer."""
-    block_size = loaded.model.config.block_size
-    room = block_size - min(config.max_tokens, block_size // 4)
-    whole, _ = loaded.tokenizer.encode_chat(messages, reply=True)
-    if len(whole) <= room:
-        return whole
-    warn(f"the conversation has {len(whole)} tokens, the context {block_size}: its oldest part is left out")
-    shortened = loaded.tokenizer.encode_chat(messages, max_length=room, reply=True)
-    check(shortened is not None, f"the system message alone fills the context of {block_size} tokens: shorten it")
-    return shortened[0]
-
-
 class Writer:
     """Makes text and shows it as it is made."""
 
     def __init__(self, config: Config, loaded: Loaded, device: torch.device):
-        self.config, self.loaded = config, loaded
-        self.generator = torch.Generator(device)
-        if config.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(config.seed)
+        self.config, self.loaded, self.sampling = config, loaded, sampling(config)
+        self.generator = seeded(config.seed, device)
+
+    def answer(self, messages: list[dict]) -> str:
+        """Print the assistant's next message and return its text."""
+        loaded, block_size = self.loaded, self.loaded.model.config.block_size
+        prompt, left_out = answer_prompt(loaded.model, loaded.tokenizer, messages, self.config.max_tokens)
+        if left_out:
+            whole = len(prompt) + left_out
+            warn(f"the conversation has {whole} tokens, the context {block_size}: its oldest part is left out")
+        return self.write(prompt)
+
+    def go_on(self, text: str) -> None:
+        """Print a text and its continuation."""
+        tokenizer, block_size = self.loaded.tokenizer, self.loaded.model.config.block_size
+        prompt = [tokenizer.end_of_text, *tokenizer.encode(text)]
+        if len(prompt) > block_size:
+            warn(f"the prompt has {len(prompt)} tokens, the context {block_size}: only its end is used")
+        self.write(prompt, echo=text)
 
     def write(self, prompt: list[int], echo: str = "") -> str:
         """Continue a prompt and print the result: one sample token by token, several when they are complete.
@@ -135,48 +135,20 @@ class Writer:
         Returns:
             the first sample's text.
         """
-        config, block_size = self.config, self.loaded.model.config.block_size
-        if len(prompt) > block_size:
-            warn(f"the prompt has {len(prompt)} tokens, the context {block_size}: only its end is used")
-        alone = config.num_samples == 1
-        streams = [TextStream(self.loaded.tokenizer) for _ in range(config.num_samples)]
-        texts = [""] * config.num_samples
-        if alone:
+        loaded, n = self.loaded, self.config.num_samples
+        texts = [""] * n
+        if n == 1:
             show(echo)
         try:
-            for tokens in self.tokens(prompt):
-                for i, token in enumerate(tokens):
-                    if token is not None:
-                        texts[i] += (piece := streams[i].add(token))
-                        if alone:
-                            show(piece)
+            for pieces in write(loaded.model, loaded.tokenizer, prompt, self.sampling, self.generator, n):
+                texts = [text + (piece or "") for text, piece in zip(texts, pieces, strict=True)]
+                if n == 1:
+                    show(pieces[0] or "")
         except KeyboardInterrupt:
             show("\n")
             raise
-        for i, stream in enumerate(streams):
-            texts[i] += (piece := stream.end())
-            show(piece + "\n" if alone else f"--- sample {i + 1}\n{echo}{texts[i]}\n")
+        show("\n" if n == 1 else "".join(f"--- sample {i}\n{echo}{text}\n" for i, text in enumerate(texts, 1)))
         return texts[0]
-
-    def tokens(self, prompt: list[int]) -> Iterator[list[int | None]]:
-        """The next token of every sample, until all have ended; None for a sample that has."""
-        config, special = self.config, self.loaded.tokenizer.end_of_text  # and the chat tokens behind it
-        ended = [False] * config.num_samples
-        sampled = generate(
-            self.loaded.model,
-            prompt,
-            config.num_samples,
-            self.generator,
-            config.temperature,
-            config.top_k,
-            config.top_p,
-        )
-        for _, tokens in zip(range(config.max_tokens), sampled, strict=False):
-            drawn = tokens.tolist()
-            ended = [done or token >= special for done, token in zip(ended, drawn, strict=True)]
-            if all(ended):
-                return
-            yield [None if done else token for done, token in zip(ended, drawn, strict=True)]
 
 
 def hold_conversation(config: Config, writer: Writer) -> None:
@@ -191,8 +163,7 @@ def hold_conversation(config: Config, writer: Writer) -> None:
             return
         if text.strip():
             messages.append(message("user", text))
-            answer = writer.write(answer_prompt(config, writer.loaded, messages))
-            messages.append(message("assistant", answer))
+            messages.append(message("assistant", writer.answer(messages)))
 
 
 def show(text: str) -> None:

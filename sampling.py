@@ -1,11 +1,33 @@
-"""Tokens from a model: how the next one is chosen, and the loop that goes on choosing."""
+"""Text from a model: how the next token is chosen, the loop that goes on choosing, the text as it comes, and the prompt
+after which a chat model answers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from cli import check, check_range
 from model import GPT, KVCache
+from tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and how many are made.  Raises `UserError` where a value is out of range."""
+
+    temperature: float = 0.8  # divides the logits; 0 takes the likeliest token
+    top_k: int | None = 200  # only the k likeliest tokens can be drawn; None allows all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability; 1 allows all
+    max_tokens: int = 256
+
+    def __post_init__(self):
+        check_range("temperature", self.temperature, 0, 100)
+        check_range("top_p", self.top_p, 0, 1, open_low=True)
+        check_range("max_tokens", self.max_tokens, 1)
+        if self.top_k is not None:
+            check_range("top_k", self.top_k, 1)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> Tensor:
@@ -45,6 +67,9 @@ def generate(
 
     Where the context is full, generation goes on from its newest half: the cached positions are absolute and cannot
     move, so that half is read again.  A prompt that is longer than the context is cut to its newest part.
+
+    The model may be in the middle of its training: dropout is off while a token is made, and its mode is as before
+    whenever the caller has the word.
     """
     block_size = model.config.block_size
     device, dtype = model.wte.weight.device, model.wte.weight.dtype
@@ -55,9 +80,92 @@ def generate(
         if cache.length + new.size(1) > block_size:
             cache.length = 0
             new = history = history[:, -max(1, block_size // 2) :]
-        hidden = model.hidden(new, cache=cache)[:, -1]  # (n_samples, C), or (1, C) of the prompt
+        hidden = evaluated(model, new, cache)[:, -1]  # (n_samples, C), or (1, C) of the prompt
         logits = model.logits(hidden).expand(n_samples, -1)
         tokens = choose(logits, temperature, top_k, top_p, generator)
         yield tokens
         new = tokens[:, None]
         history = torch.cat([history.expand(n_samples, -1), new], dim=1)
+
+
+def evaluated(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """`model.hidden` without dropout, whatever mode the model is in."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        return model.hidden(tokens, cache=cache)
+    finally:
+        if training:
+            model.train()
+
+
+def seeded(seed: int | None, device: torch.device) -> torch.Generator:
+    """A source of randomness: the same seed gives the same text, None another each time."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def write(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    sampling: Sampling,
+    generator: torch.Generator,
+    n_samples: int = 1,
+) -> Iterator[list[str | None]]:
+    """Continue a prompt to the end of the document or of the assistant's turn, or for `sampling.max_tokens` tokens.
+
+    Nothing of the model is changed, and nothing is computed once the caller stops asking.
+
+    Args:
+        model: the raw model, neither compiled nor wrapped, in whatever mode, on whatever device.
+        prompt: its tokens; see `answer_prompt` for those of a conversation.
+        generator: where chance comes from, on the model's device; see `seeded`.
+
+    Yields:
+        after each token the new text of every sample: "" in the middle of a character, None for one that has ended.
+        When all is done, a last time: None for a sample that ended by itself, and for one that ran out of tokens the
+        text of a character that it left unfinished.
+    """
+    streams = [TextStream(tokenizer) for _ in range(n_samples)]
+    ended = [False] * n_samples
+    sampled = generate(model, prompt, n_samples, generator, sampling.temperature, sampling.top_k, sampling.top_p)
+    for tokens in islice(sampled, sampling.max_tokens):
+        pieces: list[str | None] = [None] * n_samples
+        for i, token in enumerate(tokens.tolist()):
+            if not ended[i]:
+                ended[i] = token >= tokenizer.end_of_text  # and the chat tokens behind it
+                pieces[i] = streams[i].end() if ended[i] else streams[i].add(token)
+        yield pieces
+        if all(ended):
+            break
+    yield [None if done else stream.end() for done, stream in zip(ended, streams, strict=True)]
+
+
+def answer_prompt(model: GPT, tokenizer: Tokenizer, messages: Sequence[dict], max_tokens: int) -> tuple[list[int], int]:
+    """The tokens after which the assistant speaks, shortened where they leave no room for an answer: the oldest turns
+    go first, the system message stays.
+
+    Args:
+        messages: {"role": "system" | "user" | "assistant", "content": text} each, the last of them the user's.
+        max_tokens: of the answer; room is kept for it, though no more than a quarter of the context.
+
+    Returns:
+        (tokens, left_out): `left_out` is how many tokens the whole conversation has more.
+
+    Raises:
+        UserError: the system message alone fills the context.
+    """
+    block_size = model.config.block_size
+    room = block_size - min(max_tokens, block_size // 4)
+    whole, _ = tokenizer.encode_chat(messages, reply=True)
+    if len(whole) <= room:
+        return whole, 0
+    shortened = tokenizer.encode_chat(messages, max_length=room, reply=True)
+    check(shortened is not None, f"the system message alone fills the context of {block_size} tokens: shorten it")
+    return shortened[0], len(whole) - len(shortened[0])

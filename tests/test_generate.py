@@ -7,8 +7,9 @@ import torch
 from conftest import start
 
 import checkpoint
-from generate import Config, answer_prompt, message
+from generate import message
 from model import GPT, GPTConfig
+from sampling import answer_prompt
 
 GREEDY = ("--temperature", 0, "--max_tokens", 20)
 
@@ -83,10 +84,11 @@ def test_long_question_keeps_its_end(finetuned):
     """A person pastes a document and asks last: what goes is the beginning."""
     loaded = checkpoint.load(str(finetuned))
     question = "Read this first. " * 20 + "How many?"
-    tokens = answer_prompt(Config(), loaded, [message("user", question)])
+    tokens, left_out = answer_prompt(loaded.model, loaded.tokenizer, [message("user", question)], 256)
     text = loaded.tokenizer.decode(tokens)
     assert text.endswith("How many?<|end|><|assistant|>") and text.startswith("<|endoftext|><|user|>")
     assert len(tokens) == 64 - 16  # a quarter of the context is kept for the answer
+    assert left_out == len(question) + 4 - len(tokens)
 
 
 def test_long_question_is_answered_with_a_warning(run_script, finetuned):

@@ -9,8 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sampling
+from cli import UserError
 from model import GPT, GPTConfig
-from sampling import choose, generate
+from sampling import Sampling, answer_prompt, choose, generate, write
+from tokenizer import load_tokenizer
 
 DRAWS = 3000
 few_examples = settings(max_examples=40, deadline=None)
@@ -205,3 +208,116 @@ def test_a_tiny_temperature_is_greedy(temperature):
 def test_a_context_of_one_token_goes_on():
     model = GPT(GPTConfig(block_size=1, vocab_size=9, n_layer=1, n_head=1, n_embd=4)).eval()
     assert len(list(islice(generate(model, [1, 2], 2, seeded()), 5))) == 5
+
+
+# ---- text as it comes ----------------------------------------------------------------------------------------------
+
+BYTES = load_tokenizer("bytes")
+
+
+def bytes_model(dropout: float = 0.0) -> GPT:
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=64, vocab_size=BYTES.chat_vocab_size, n_layer=2, n_head=2, n_embd=16, dropout=dropout)
+    return GPT(config).eval()
+
+
+def scripted(monkeypatch, *rows: list[int]) -> None:
+    """`generate` gives these tokens of each sample, and it is an error to ask for more."""
+
+    def tokens(*_):
+        yield from map(torch.tensor, zip(*rows, strict=True))
+        raise AssertionError("a token too many was asked for")
+
+    monkeypatch.setattr(sampling, "generate", tokens)
+
+
+def written(max_tokens: int, n_samples: int) -> list[list[str | None]]:
+    return [*write(bytes_model(), BYTES, [BYTES.end_of_text], Sampling(max_tokens=max_tokens), seeded(), n_samples)]
+
+
+def test_text_comes_in_whole_characters(monkeypatch):
+    scripted(monkeypatch, [*"aé€".encode()])
+    assert written(6, 1) == [["a"], [""], ["é"], [""], [""], ["€"], [""]]
+
+
+def test_each_sample_ends_by_itself(monkeypatch):
+    """At the end of its turn or document, also in the middle of a character; what it says after that is not heard."""
+    scripted(monkeypatch, [97, BYTES.end_of_turn, 98, 99], [0xC3, 0xC3, BYTES.end_of_text, 97])
+    assert written(9, 2) == [["a", ""], ["", "\ufffd"], [None, "\ufffd"], [None, None]]
+
+
+def test_samples_end_with_their_tokens(monkeypatch):
+    scripted(monkeypatch, [97, 98, 99], [BYTES.end_of_turn, 98, 0xC3])
+    assert written(2, 2) == [["a", ""], ["b", None], ["", None]]
+    scripted(monkeypatch, [97, 0xC3])
+    assert written(2, 1) == [["a"], [""], ["\ufffd"]]
+
+
+def test_text_is_that_of_the_tokens():
+    """Against the loop below it, and with a generator of the same seed the same again."""
+    model, settings = bytes_model(), Sampling(1.3, 50, 0.9, 40)
+    tokens = torch.stack([*islice(generate(model, [256, 65], 3, seeded(5), 1.3, 50, 0.9), 40)]).t().tolist()
+    expected = []
+    for row in tokens:
+        ends = [i for i, token in enumerate(row) if token >= BYTES.end_of_text]
+        expected.append(BYTES.decode(row[: min(ends, default=40)]))
+    pieces = [*write(model, BYTES, [256, 65], settings, seeded(5), 3)]
+    assert ["".join(piece or "" for piece in sample) for sample in zip(*pieces, strict=True)] == expected
+
+
+def test_a_model_in_training_is_left_as_it_is():
+    """Dropout is off, the mode is as before between any two tokens, and no draw of the training's own is taken."""
+    model, evaluated = bytes_model(dropout=0.5), bytes_model()
+    settings = Sampling(temperature=0, max_tokens=30)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    pieces = []
+    for piece in write(model, BYTES, [256, 65], settings, seeded()):
+        assert all(module.training for module in model.modules())
+        pieces.append(piece)
+    assert pieces == [*write(evaluated, BYTES, [256, 65], settings, seeded())]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()  # and it can still learn
+
+
+def test_a_seed_gives_the_same_draws():
+    device = torch.device("cpu")
+    first, same, other, any_, another = (
+        torch.rand(3, generator=sampling.seeded(seed, device)).tolist() for seed in (1, 1, 2, None, None)
+    )
+    assert first == same != other and any_ != another
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"max_tokens": 0}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))} is"):
+        Sampling(**wrong)
+
+
+# ---- the prompt of a conversation ----------------------------------------------------------------------------------
+
+
+def prompt_of(*messages: tuple[str, str], max_tokens: int = 256) -> tuple[str, int]:
+    pairs = [{"role": role, "content": content} for role, content in messages]
+    tokens, left_out = answer_prompt(bytes_model(), BYTES, pairs, max_tokens)
+    return BYTES.decode(tokens), left_out
+
+
+def test_a_conversation_that_fits_is_the_prompt():
+    text, left_out = prompt_of(("system", "Be."), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    turns = "<|system|>Be.<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
+    assert text == "<|endoftext|>" + turns and left_out == 0
+
+
+def test_the_oldest_turns_make_room():
+    """Of 64 tokens a quarter is kept for the answer, or less where the answer is to be shorter."""
+    messages = (("system", "Be."), ("user", "1" * 14), ("assistant", "2" * 14), ("user", "3" * 14))
+    whole = 1 + 5 + 3 * 16 + 1
+    text, left_out = prompt_of(*messages)
+    newest = f"<|endoftext|><|system|>Be.<|end|><|user|>{'3' * 14}<|end|><|assistant|>"
+    assert (text, left_out) == (newest, 32)
+    assert prompt_of(*messages, max_tokens=64 - whole)[1] == 0
+    with pytest.raises(UserError, match="system message alone fills the context of 64 tokens"):
+        prompt_of(("system", "Be." * 30), ("user", "a"))
