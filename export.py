@@ -24,7 +24,8 @@ from files import flush, publish, write_json
 from tokenizer import CHAT_TOKENS, Tokenizer
 
 # A message's text must not become a special token, and these libraries look for the tokens' names in the whole
-# conversation: a name that somebody typed gets a space in it.  Otherwise the tokens are those of `encode_chat`.
+# conversation: a name that somebody typed gets a space in it.  Otherwise the tokens are those of `encode_chat`, and
+# {% generation %} holds those that are learned, for trl's assistant_only_loss.
 CHAT_TEMPLATE = """\
 {{- '<|endoftext|>' }}
 {%- for message in messages %}
@@ -35,7 +36,12 @@ CHAT_TEMPLATE = """\
 {%- for name in ['endoftext|>', 'system|>', 'user|>', 'assistant|>', 'end|>'] %}
 {%- set text.value = text.value | replace('<|' ~ name, '<| ' ~ name) %}
 {%- endfor %}
-{{- '<|' ~ message['role'] ~ '|>' ~ text.value ~ '<|end|>' }}
+{{- '<|' ~ message['role'] ~ '|>' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- text.value ~ '<|end|>' }}{%- endgeneration %}
+{%- else %}
+{{- text.value ~ '<|end|>' }}
+{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|assistant|>' }}

@@ -358,6 +358,8 @@ def _config_to_hf(config: GPTConfig) -> dict:
         "activation_function": "gelu_new",
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # its name of old, which llama.cpp's converter asks for
+        "layer_norm_epsilon": 1e-5,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,

@@ -23,8 +23,10 @@ import torch
 import cli
 from checkpoint import best, checkpoints, run_folder
 from data import TokenDataset, all_train_batches, train_batches, val_batches
+from evaluation import hellaswag, load_hellaswag, samples
 from model import GPT, PRESETS
 from runs import Log, Run, peak_flops
+from sampling import Sampling
 from training import (
     Processes,
     batch_rows,
@@ -70,6 +72,14 @@ class Config:
     """Steps between two validations."""
     val_tokens: int = 2_097_152
     """Tokens of the validation split that are used, from its beginning."""
+    hellaswag_every: int | None = None
+    """Steps between two times that HellaSwag is asked, as evaluate.py does; None never asks."""
+    hellaswag_files: tuple[str, ...] = ()
+    """HellaSwag's examples in local .jsonl files instead of the hub's Rowan/hellaswag."""
+    sample_every: int | None = None
+    """Steps between two times that the model goes on from --sample_prompts, into the log; None never does."""
+    sample_prompts: tuple[str, ...] = ("Once upon a time", "The water cycle begins", "The capital of France is")
+    """The beginnings that it goes on from."""
     save_every: int = 1000
     """Steps between two checkpoints; each is validated too, so that the best one is known."""
     keep: int = 2
@@ -99,12 +109,14 @@ def main(config: Config) -> None:
     if config.gpu_dollars_per_hour is not None:
         cli.check_range("gpu_dollars_per_hour", config.gpu_dollars_per_hour, 0)
         cli.check(config.dry_run, "--gpu_dollars_per_hour is for --dry_run, which tells the cost")
+    check_judging(config)
     procs = start_processes(config.device, config.dtype, config.deterministic)
     block_size = PRESETS[config.model].block_size
     rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = TokenDataset(config.data, block_size)
     if config.dry_run:
         return rehearse(config, data, rows, procs)
+    choices = load_hellaswag(config.hellaswag_files, data.tokenizer) if config.hellaswag_every else []
     run = Run(config, data, procs)
     model, optimizer = build(config, data, procs)
     step = run.resume(model, optimizer)
@@ -136,6 +148,11 @@ def main(config: Config) -> None:
         if save or step % config.val_every == 0:
             val_loss = validation_loss()
             log.validation(step, val_loss)
+        if config.hellaswag_every and step % config.hellaswag_every == 0:
+            log.hellaswag(step, hellaswag(model, choices, data.tokenizer, procs))
+        if config.sample_every and step % config.sample_every == 0 and procs.is_main:
+            sampling = Sampling(max_tokens=100)
+            log.samples(step, samples(model, data.tokenizer, config.sample_prompts, sampling, config.seed))
         if save:
             run.save(step, model, optimizer, {"val_loss": val_loss})
     log.close()
@@ -145,6 +162,15 @@ def main(config: Config) -> None:
         print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
         print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --prompt 'Once upon a time'")
     procs.close()
+
+
+def check_judging(config: Config) -> None:
+    """The values of HellaSwag and the samples."""
+    for name in ("hellaswag_every", "sample_every"):
+        if getattr(config, name) is not None:
+            cli.check_range(name, getattr(config, name), 1)
+    asked = config.hellaswag_every is not None or not config.hellaswag_files
+    cli.check(asked, "--hellaswag_files is for --hellaswag_every, which says how often it is asked")
 
 
 def build(config: Config, data: TokenDataset, procs: Processes) -> tuple[GPT, torch.optim.Optimizer]:

@@ -56,6 +56,7 @@ def peak_flops(procs: Processes) -> tuple[float, str]:
 HOW = {
     *("data", "run", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes"),
     *("device", "dtype", "compile", "deterministic", "dry_run", "gpu_dollars_per_hour"),
+    *("hellaswag_every", "hellaswag_files", "sample_every", "sample_prompts"),
 }
 STOPPED = 75  # exit code: stopped on request and saved, to go on later (EX_TEMPFAIL of sysexits.h)
 MAX_SKIPPED = 5  # steps in a row whose loss or gradient is not finite, after which going on is pointless
@@ -245,6 +246,18 @@ class Log:
         """Tell of a validation after so many steps."""
         self.write({"step": step, "tokens": step * self.batch_tokens, "val_loss": val_loss})
         self.progress.print(f"step {step:,}: validation loss {val_loss:.4f}")
+
+    def hellaswag(self, step: int, figures: dict[str, float]) -> None:
+        """Tell of the accuracy on HellaSwag after so many steps."""
+        self.write({"step": step, "tokens": step * self.batch_tokens} | figures)
+        whole, per_token = figures["hellaswag"], figures["hellaswag_norm"]
+        self.progress.print(f"step {step:,}: HellaSwag {whole:.2%}, per token {per_token:.2%}")
+
+    def samples(self, step: int, samples: list[dict]) -> None:
+        """Tell how the model goes on from some texts: {"prompt", "text"} each."""
+        self.write({"step": step, "tokens": step * self.batch_tokens, "samples": samples})
+        for sample in samples:
+            self.progress.print(f"step {step:,}: {sample['prompt']}{sample['text']}")
 
     def write(self, row: dict) -> None:
         """Append one row to log.jsonl."""

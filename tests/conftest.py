@@ -17,7 +17,9 @@ torch.set_num_threads(1)  # for the tests themselves: on tensors this small, thr
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoint  # noqa: E402
 from cli import UserError  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 
@@ -126,6 +128,15 @@ def finetuned(tmp_path_factory, pretrained, chat_data) -> Path:
     often = ("--val_every", 4, "--save_every", 6)
     start("finetune.py", "--init", pretrained, "--data", chat_data, "--run", folder, *TUNE, *often, cwd=folder.parent)
     return folder
+
+
+def make_model(folder: Path, tokenizer: Tokenizer, chat: bool) -> Path:
+    """A checkpoint of random weights, so large that its logits differ."""
+    torch.manual_seed(1)
+    size = tokenizer.chat_vocab_size if chat else tokenizer.vocab_size
+    model = GPT(GPTConfig(block_size=64, vocab_size=size, n_layer=2, n_head=2, n_embd=32, init_std=0.3))
+    checkpoint.save(folder / "step_000001", model, {}, {"tokenizer": tokenizer.name, "step": 1})
+    return folder / "step_000001"
 
 
 def read_log(run: Path) -> list[dict]:

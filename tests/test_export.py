@@ -12,27 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, start
+from conftest import error_of, make_model, start
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
 from export import CHAT_TEMPLATE, model_card
-from model import GPT, IGNORE, GPTConfig
-from tokenizer import CHAT_TOKENS, ROLES, Tokenizer, load_tokenizer
+from model import IGNORE
+from tokenizer import CHAT_TOKENS, ROLES, load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers reads what is exported")
 
 HELLO = [{"role": "user", "content": "After 5?"}]
-
-
-def make_model(folder: Path, tokenizer: Tokenizer, chat: bool) -> Path:
-    """A checkpoint of random weights, so large that its logits differ."""
-    torch.manual_seed(1)
-    size = tokenizer.chat_vocab_size if chat else tokenizer.vocab_size
-    model = GPT(GPTConfig(block_size=64, vocab_size=size, n_layer=2, n_head=2, n_embd=32, init_std=0.3))
-    checkpoint.save(folder / "step_000001", model, {}, {"tokenizer": tokenizer.name, "step": 1})
-    return folder / "step_000001"
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +116,15 @@ def test_the_chat_template_gives_our_tokens(both_tokenizers, messages, reply):
     assert tokens == own.encode_chat(messages, reply=reply)[0]
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=messages)
+def test_the_chat_template_marks_what_is_learned(both_tokenizers, messages):
+    own, theirs = both_tokenizers
+    marked = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    tokens, learned = own.encode_chat(messages)
+    assert (marked["input_ids"], list(map(bool, marked["assistant_masks"]))) == (tokens, learned)
+
+
 def test_nobody_types_a_special_token_into_the_chat_template(both_tokenizers):
     own, theirs = both_tokenizers
     for token in SPECIAL:
@@ -196,7 +196,7 @@ def test_what_trl_finetunes_comes_home(exported, run_script, tmp_path):
         args=trl.SFTConfig(
             output_dir=str(tmp_path / "trl"), max_steps=60, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False,
             per_device_train_batch_size=4, save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            lr_scheduler_type="constant",
+            lr_scheduler_type="constant", assistant_only_loss=True,
         ),
         train_dataset=datasets.Dataset.from_list([{"messages": conversation}] * 240),
     )  # fmt: skip
