@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 
 # One stamp file per requirements file: make installs again when one has changed.
 $(VENV)/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@
