@@ -32,6 +32,7 @@ demo: $(VENV)/installed
 	$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 300 --temperature 0.6 --seed 1
 	@echo; echo "--- the finetuned model answers a question:"
 	$(PY) generate.py --checkpoint runs/demo_chat --prompt "What does json.dumps do?" --temperature 0.6 --seed 1
+	@echo; $(PY) plot.py demo demo_chat --out runs/demo.png
 	@echo; echo "Talk to it: $(PY) generate.py --checkpoint runs/demo_chat --chat"
 
 test: lint
@@ -45,4 +46,4 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) data/sample data/demo data/demo_chat runs/demo runs/demo_chat
+	rm -rf $(VENV) data/sample data/demo data/demo_chat runs/demo runs/demo_chat runs/demo.png

@@ -15,7 +15,7 @@ from conftest import ROOT
 import cli
 from cli import Progress, UserError, check, check_range
 
-SCRIPTS = ("prepare_fineweb", "prepare_dolly", "prepare_sample", "pretrain", "finetune", "generate")
+SCRIPTS = ("prepare_fineweb", "prepare_dolly", "prepare_sample", "pretrain", "finetune", "generate", "plot")
 
 
 @dataclasses.dataclass(frozen=True)
