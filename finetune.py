@@ -71,6 +71,8 @@ class Config:
     """Steps between two checkpoints; each is validated too, so that the best one is known."""
     keep: int = 2
     """The newest checkpoints that stay; the best one stays as well."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the log goes besides log.jsonl."""
     seed: int = 1337
     """Decides the order of the data and the dropout."""
     device: str | None = None

@@ -20,6 +20,7 @@ import checkpoint
 from cli import Progress, UserError, check
 from data import Dataset
 from files import lock, publish
+from loggers import open_logger
 from model import GPT
 from training import Processes
 
@@ -54,7 +55,7 @@ def peak_flops(procs: Processes) -> tuple[float, str]:
 
 # How a run is computed and kept, as against what it computes: these flags may change when it is resumed.
 HOW = {
-    *("data", "run", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes"),
+    *("data", "run", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes", "log"),
     *("device", "dtype", "compile", "deterministic", "dry_run", "gpu_dollars_per_hour"),
     *("hellaswag_every", "hellaswag_files", "sample_every", "sample_prompts"),
 }
@@ -189,7 +190,7 @@ class Run:
 
 
 def _is_ours(item: Path) -> bool:
-    return item.name in ("log.jsonl", "log.tmp", ".lock") or item.name.startswith("step_")
+    return item.name in ("log.jsonl", "log.tmp", ".lock", "tensorboard", "wandb") or item.name.startswith("step_")
 
 
 def _step_of(line: str) -> float:
@@ -201,7 +202,7 @@ def _step_of(line: str) -> float:
 
 
 class Log:
-    """What a run tells: rows in log.jsonl, and a progress bar or lines on the screen.
+    """What a run tells: rows in log.jsonl and to whom --log names, and a progress bar or lines on the screen.
 
     MFU is the share of the machine's peak that the model's own arithmetic takes ("PaLM", Chowdhery et al., 2022).
 
@@ -219,6 +220,10 @@ class Log:
         self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
         self.progress = Progress(steps, "step", initial=step, enabled=self.procs.is_main)
         self.progress.print(f"limit      {flops / 1e12:,.2f} TFLOP/s for each process is 100 % MFU ({source})")
+        names = dict.fromkeys(run.config.log) if self.procs.is_main else ()
+        self.loggers = [open_logger(name, run.folder, run.config, step) for name in names]
+        for logger in self.loggers:
+            self.progress.print(f"log        {logger.hint}")
 
     def step(self, step: int, metrics: dict[str, Tensor], lr: float, started: float) -> None:
         """Tell of a training step that began when `time.perf_counter()` was `started`."""
@@ -260,10 +265,12 @@ class Log:
             self.progress.print(f"step {step:,}: {sample['prompt']}{sample['text']}")
 
     def write(self, row: dict) -> None:
-        """Append one row to log.jsonl."""
+        """Append one row to log.jsonl, and send it on."""
         if self.procs.is_main:
             with open(self.file, "a") as file:
                 file.write(json.dumps(row) + "\n")
+            for logger in self.loggers:
+                logger.write(row)
 
     def close(self) -> None:
         """Leave the screen to others."""

@@ -28,6 +28,7 @@ class Flags:
     keep: int = 2
     val_every: int = 5
     max_minutes: float | None = None
+    log: tuple = ()
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +115,11 @@ def test_rows_have_what_people_plot(flags, capsys):
 
 def test_only_the_first_process_writes(flags):
     run, model, optimizer, _ = open_run(flags)
-    run.procs = replace(ALONE, rank=1)
+    run.procs, run.config = replace(ALONE, rank=1), replace(flags, log=("tensorboard",))
     Log(run, model, 0, 1, 16).validation(0, 1.0)
     run.save(1, model, optimizer, {})
     assert not run.log_file.exists() and not checkpoint.checkpoints(run.folder)
+    assert not (run.folder / "tensorboard").exists()
 
 
 def test_peak_is_measured_on_cpu():
