@@ -6,19 +6,27 @@
 
 A checkpoint is written into a temporary folder beside its place, flushed to disk and renamed.  safetensors holds
 tensors alone, so that nothing in a checkpoint that someone else made can run.
+
+    python checkpoint.py                                            # list all in runs/, compare files with checksums
+    python checkpoint.py runs/gpt2                                  # those of one run; or name one checkpoint
 """
 
+import math
 import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cli import UserError, check
+import cli
+from cli import Progress, UserError, check
 from files import flush, publish, read_json, sha256, write_json
 from model import GPT, GPTConfig
 from tokenizer import CHAT_TOKENS, TOKENIZERS, Tokenizer, load_tokenizer
@@ -157,17 +165,18 @@ def newest_whole(run: Path, tell: bool = False) -> Path | None:
     return None
 
 
+def val_loss(folder: Path) -> float:
+    """The validation loss of a checkpoint; infinite where it has none."""
+    try:
+        value = read_meta(folder)["metrics"].get("val_loss")
+    except UserError:  # damaged, which is for those to say who want to use it
+        return math.inf
+    return value if isinstance(value, (int, float)) and value == value else math.inf  # NaN is never the best
+
+
 def best(run: Path) -> Path:
     """The checkpoint of a run with the lowest validation loss; the newest of equals.  The run has at least one."""
-
-    def loss(folder: Path) -> float:
-        try:
-            value = read_meta(folder)["metrics"].get("val_loss")
-        except UserError:  # damaged, which is for those to say who want to use it
-            return float("inf")
-        return value if isinstance(value, (int, float)) and value == value else float("inf")  # NaN is never the best
-
-    return min(reversed(checkpoints(run)), key=loss)
+    return min(reversed(checkpoints(run)), key=val_loss)
 
 
 def retain(run: Path, keep: int) -> None:
@@ -253,3 +262,43 @@ def identify(model: GPT, tokenizer: Tokenizer, source: str, history: list[dict])
     fits = size in (text, chat)
     check(fits, f"{source} has a vocabulary of {size} tokens; {tokenizer.name} has {text}, and {chat} for a chat")
     return Loaded(model, tokenizer, size == chat, source, history)
+
+
+# ---- python checkpoint.py FOLDER -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: Annotated[str, tyro.conf.Positional] = str(RUNS)
+    """A folder of runs, a run, or a checkpoint."""
+
+
+def main(config: Config) -> None:
+    """Print a line for each checkpoint.  Raises `UserError` where one is damaged, after all have been looked at."""
+    folder = run_folder(config.folder) if run_folder(config.folder).is_dir() else Path(config.folder)
+    check(folder.is_dir(), f"{folder}: no such folder; give a folder of runs, a run or a checkpoint")
+    found = [folder] if (folder / "meta.json").is_file() else checkpoints(folder)
+    found = found or [step for run in sorted(folder.iterdir()) for step in checkpoints(run)]
+    check(bool(found), f"{folder} holds no checkpoints; give a folder of runs, a run or a checkpoint")
+    taken = {best(run) for run in {step.parent for step in found} if checkpoints(run)}
+    progress = Progress(len(found), "checkpoint", enabled=sys.stderr.isatty())  # elsewhere the lines tell enough
+    tell = progress.print if progress.enabled else print
+    width, damaged = max(len(str(step)) for step in found), 0
+    tell(f"{'checkpoint':<{width}}  validation loss          size  saved             state")
+    for step in found:
+        try:
+            verify(step)
+            state = "whole"
+        except UserError as error:
+            state, damaged = str(error).removeprefix(str(step)).strip(" /").removeprefix("is "), damaged + 1
+        loss = f"{val_loss(step):.4f}" if val_loss(step) < math.inf else "-"
+        size = sum(file.stat().st_size for file in step.iterdir()) / 1e6
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((step / "meta.json").stat().st_mtime))
+        tell(f"{step!s:<{width}}  {loss:>15}  {size:>9,.1f} MB  {saved}  {'best, ' * (step in taken)}{state}")
+        progress.update(1)
+    progress.close()
+    check(not damaged, f"{damaged} of {len(found)} checkpoints cannot be used: delete them; training passes over them")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

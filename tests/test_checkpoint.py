@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -500,3 +502,47 @@ def test_a_damaged_hugging_face_folder_is_refused(tmp_path):
 )
 def test_run_folder(name, folder):
     assert checkpoint.run_folder(name) == Path(folder)
+
+
+# ---- python checkpoint.py FOLDER -----------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_listed(run_script, pretrained, tmp_path):
+    """All runs of a folder, one run, or one checkpoint: loss, size, whether it is whole, and which is the best."""
+    for name in ("one", "two"):
+        shutil.copytree(pretrained, tmp_path / "runs" / name)
+    (tmp_path / "runs" / "picture.png").write_text("no run")
+    losses = {step: checkpoint.val_loss(pretrained / f"step_{step:06d}") for step in (6, 12)}
+    assert losses[12] < losses[6]
+    lines = run_script("checkpoint.py").stdout.splitlines()
+    assert run_script("checkpoint.py", "runs/").stdout.splitlines() == lines and len(lines) == 5
+    assert len(set(map(len, (line.split("  best")[0] for line in lines[2::2])))) == 1  # the columns stand
+    for name, (first, second) in {"one": lines[1:3], "two": lines[3:5]}.items():
+        assert first.split()[:2] == [f"runs/{name}/step_000006", f"{losses[6]:.4f}"] and first.endswith("  whole")
+        assert second.split()[:2] == [f"runs/{name}/step_000012", f"{losses[12]:.4f}"]
+        assert second.endswith("  best, whole")
+    size = sum(file.stat().st_size for file in (pretrained / "step_000006").iterdir()) / 1e6
+    assert f" {size:,.1f} MB  {time.strftime('%Y-')}" in lines[1]
+    assert run_script("checkpoint.py", "two").stdout.splitlines()[1:] == lines[3:]
+    assert run_script("checkpoint.py", "runs/two/step_000012").stdout.splitlines()[1:] == lines[4:]
+    (alone,) = run_script("checkpoint.py", ".", cwd=tmp_path / "runs/one/step_000006").stdout.splitlines()[1:]
+    assert alone.startswith(".  ") and alone.endswith("  whole")
+
+
+def test_damaged_checkpoints_are_listed_and_fail(run_script, fails, pretrained, tmp_path):
+    for name in "abcd":
+        shutil.copytree(pretrained, tmp_path / name)
+    with open(tmp_path / "a/step_000006/model.safetensors", "r+b") as file:
+        file.write(b"?")
+    (tmp_path / "b/step_000006/train_state.safetensors").unlink()
+    (tmp_path / "c/step_000012/meta.json").write_text("{")
+    done = run_script("checkpoint.py", tmp_path, expect=2)
+    states = [line.split("  ")[-1] for line in done.stdout.splitlines()[1:]]
+    assert states[0] == "model.safetensors is damaged or truncated: its checksum is wrong"
+    assert states[2] == "damaged: train_state.safetensors is missing"
+    assert states[4] == "best, whole" and states[5].startswith("meta.json is damaged: ")
+    assert states[1::6] == ["best, whole", "best, whole"] and states[6] == "whole"
+    assert done.stderr == "error: 3 of 8 checkpoints cannot be used: delete them; training passes over them\n"
+    assert "nowhere: no such folder" in fails("checkpoint.py", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoints" in fails("checkpoint.py", tmp_path / "empty")

@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_and_stopped_and_goes_on(text_data, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in output, output
     assert set(logged(run)["loss"].expected) == set(range(1, 101))
-    assert in_tensorboard(run) == logged(run)
+    assert in_tensorboard(run) == logged(run) and len(list((run / "tensorboard").iterdir())) == 1
     sent = in_wandb(run)
     assert set(range(21, 101)) <= sent["loss"].keys()
     assert all(
