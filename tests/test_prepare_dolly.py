@@ -1,5 +1,6 @@
 """prepare_dolly.py as people run it: instructions and conversations in, tokens and a mask of what is learned out."""
 
+import hashlib
 import json
 import re
 from itertools import pairwise
@@ -154,6 +155,13 @@ def test_the_same_input_gives_the_same_bytes_and_is_not_made_twice(prepare, tmp_
     assert contents(tmp_path / "one") == contents(tmp_path / "out")
     assert prepare([]).stdout == "out is already complete.\n"
     assert contents(tmp_path / "one") == contents(tmp_path / "out")
+
+
+def test_prepared_folders_stay_valid(prepare, tmp_path):
+    """The bytes that earlier versions wrote, manifest included: a change would make everybody prepare again."""
+    prepare([{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, FINE]}])
+    whole = b"".join(data for name, data in sorted(contents(tmp_path / "out").items()) if name != ".lock")
+    assert hashlib.sha256(whole).hexdigest() == "c53c653688366280ba308bb9c8d5f340d461fb7eeb03cd35737d66cf36370985"
 
 
 def test_an_interrupted_run_is_done_again(prepare, tmp_path):

@@ -1,5 +1,6 @@
 """prepare_fineweb.py as people run it: text files in, shards out."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -87,6 +88,14 @@ def test_the_same_input_gives_the_same_bytes(prepare, tmp_path):
     for out in ("one", "two"):
         prepare(out=out, shard_tokens=700)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_prepared_folders_stay_valid(prepare, tmp_path):
+    """The bytes that earlier versions wrote, manifest included: a change would make everybody prepare again."""
+    (tmp_path / "a.txt").write_text("A text\n\nof two paragraphs.\n" * 2000)
+    prepare("a.txt", "texts.jsonl", shard_tokens=700)
+    whole = b"".join(data for name, data in sorted(contents(tmp_path / "out").items()) if name != ".lock")
+    assert hashlib.sha256(whole).hexdigest() == "b5d96e8f6142d41485e3d9cb24e0c9097fe26d29d1a0fad5be356f97364aacd4"
 
 
 def test_running_again_changes_nothing(prepare, tmp_path):
