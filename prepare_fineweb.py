@@ -2,7 +2,7 @@
 
     python prepare_fineweb.py                                       # FineWeb-Edu's 10-billion-token sample, streamed
     python prepare_fineweb.py --max_tokens 100_000_000              # a smaller piece of it
-    python prepare_fineweb.py --files 'mine/*.txt' more.jsonl --out data/mine --val_fraction 0.05
+    python prepare_fineweb.py --files books/ 'mine/*.txt' more.jsonl.gz --out data/mine --val_fraction 0.05
 
 Writes `.npy` shards and `meta.json` into `--out`, where `pretrain.py` reads them.  FineWeb-Edu's 10 billion tokens take
 20 GB of disk and some hours, most of them download; memory stays the same however large the corpus is.  Interrupted,
@@ -35,11 +35,13 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 @dataclass(frozen=True)
 class Config:
     dataset: str = FINEWEB_EDU
-    """A text dataset on the Hugging Face Hub; its split "train" is read."""
+    """A text dataset on the Hugging Face Hub."""
     name: str | None = None
     """Which of the dataset's configurations; None takes sample-10BT of FineWeb-Edu, and the default of any other."""
+    split: str = "train"
+    """Which of the dataset's splits is read."""
     files: tuple[str, ...] = ()
-    """Local .txt, .jsonl and .parquet files instead, as paths or globs."""
+    """Local .txt, .jsonl and .parquet files instead, as paths, folders or globs; also .txt.gz, .jsonl.zst and so on."""
     text_field: str = "text"
     """Where a record has its text."""
     tokenizer: str = "gpt2"
@@ -91,7 +93,8 @@ def main(config: Config) -> None:
 
 
 def check_config(config: Config) -> None:
-    check(not config.files or config.dataset == FINEWEB_EDU, "--files and --dataset exclude each other: give one")
+    of_hub = (config.dataset, config.name, config.split) != (Config.dataset, Config.name, Config.split)
+    check(not (config.files and of_hub), "--files excludes --dataset, --name and --split: give one or the other")
     cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
     cli.check_range("shard_tokens", config.shard_tokens, 1, 2**31)
     if config.max_tokens is not None:
@@ -103,7 +106,7 @@ def open_source(config: Config) -> FileSource | HubSource:
     if config.files:
         return FileSource(expand(config.files, (".txt", ".jsonl", ".parquet")), config.text_field)
     name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
-    return HubSource(config.dataset, name, config.text_field)
+    return HubSource(config.dataset, name, config.text_field, config.split)
 
 
 def describe(config: Config, source: FileSource | HubSource) -> dict:

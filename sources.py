@@ -3,56 +3,114 @@
 Every source is an iterator of (place, record): a dict, and the words that name it in an error, "notes.jsonl line 7".
 """
 
+import contextlib
 import glob
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cli import UserError, check
 from files import sha256
 
 Record = tuple[str, dict]
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+PACKED = (".txt", ".jsonl", ".json")  # kinds that may be compressed as a whole
 TXT_DOCUMENT = 16_384  # characters: a long .txt file becomes documents of about this length
 
 
-def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """The files that some paths and globs name, each glob's in alphabetical order.
+def expand(patterns: Sequence[str], kinds: Sequence[str], flag: str = "--files") -> list[Path]:
+    """The files of these kinds that some paths, folders and globs name, each glob's in alphabetical order.
 
     Raises `UserError`: a pattern that matches nothing, a file of another kind, a file named twice.
     """
+    known = f"{' or '.join(kinds)} (text also with .gz or .zst)"
     files: list[Path] = []
     for pattern in patterns:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        check(bool(found), f"--files {pattern}: no such file")
-        files += map(Path, found)
-    times = Counter(files)
-    for file in files:
-        check(file.is_file(), f"--files {file}: not a file; name the files in it, as in '{file}/*.jsonl'")
-        check(file.suffix in suffixes, f"--files {file}: a file must end in {' or '.join(suffixes)}")
-        check(times[file] == 1, f"--files {file}: named more than once")
+        check(bool(found), f"{flag} {pattern}: no such file")
+        for path in map(Path, found):
+            inside = files_below(path, kinds) if path.is_dir() else [path]
+            check(bool(inside), f"{flag} {path}: no file in this folder ends in {known}")
+            files += inside
+    for file, times in Counter(files).items():
+        check(file.is_file(), f"{flag} {file}: not a file")
+        check(kind_of(file) in kinds, f"{flag} {file}: a file must end in {known}")
+        check(times == 1, f"{flag} {file}: named more than once")
     return files
 
 
-def read_files(files: Sequence[Path], text_field: str = "text") -> Iterator[Record]:
-    """The records of `.jsonl`, `.parquet` and `.txt` files, one file after the other, never a whole one in memory.
+def files_below(folder: Path, kinds: Sequence[str]) -> list[Path]:
+    """All files of these kinds in a folder and its folders, hidden ones left out, in alphabetical order."""
+    paths = sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
+    files = [path for path in paths if kind_of(path) in kinds and not path.is_dir()]
+    if files:
+        print(f"{folder}: {len(files):,} file{'s' if len(files) > 1 else ''}")
+    return files
 
-    A `.txt` file's text comes as {text_field: text}.  Raises `UserError` for a file that is damaged.
+
+def kind_of(file: Path) -> str:
+    """How its name ends, compression aside: ".jsonl" of notes.jsonl.gz; Parquet is compressed within."""
+    inner = Path(file.stem).suffix
+    return inner if file.suffix in COMPRESSIONS and inner in PACKED else file.suffix
+
+
+@contextlib.contextmanager
+def open_stream(file: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed as they are read where its name ends in .gz or .zst.
+
+    Archives of several members or frames are read to their ends.  Raises `UserError` for one that is damaged or cut
+    off, which must never pass for a shorter one.
+    """
+    if file.suffix not in COMPRESSIONS:
+        with open(file, "rb") as stream:
+            yield stream
+        return
+    import pyarrow
+
+    with not_readable(file, f"{file.suffix} archive"):
+        check(file.stat().st_size > 0, f"{file}: not a readable {file.suffix} archive: it has no bytes")
+        with io.BufferedReader(pyarrow.input_stream(file, compression=COMPRESSIONS[file.suffix])) as stream:
+            yield stream
+
+
+@contextlib.contextmanager
+def not_readable(file: Path, kind: str) -> Iterator[None]:
+    """Turn what pyarrow raises for a damaged file into a `UserError`."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault; pyarrow's own have no errno
+        raise UserError(f"{file}: not a readable {kind}: {error}") from None
+
+
+def read_files(files: Sequence[Path], text_field: str | None = "text") -> Iterator[Record]:
+    """The records of files of all kinds, one file after the other; none but `.json` is ever whole in memory.
+
+    A `.txt` file's text comes as {text_field: text}; of `.parquet` files only that column is read, or all with None.
+    Raises `UserError` for a file that is damaged.
     """
     for file in files:
-        if file.suffix == ".jsonl":
+        kind = kind_of(file)
+        if kind == ".jsonl":
             yield from read_jsonl(file)
-        elif file.suffix == ".parquet":
+        elif kind == ".json":
+            yield from read_json(file)
+        elif kind == ".parquet":
             yield from read_parquet(file, text_field)
         else:
-            yield from read_txt(file, text_field)
+            yield from read_txt(file, text_field or "text")
 
 
 def read_jsonl(file: Path) -> Iterator[Record]:
     """One JSON object a line; blank lines are passed over."""
-    with open(file, "rb") as lines:
+    with open_stream(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -65,23 +123,32 @@ def read_jsonl(file: Path) -> Iterator[Record]:
             yield place, record
 
 
-def read_parquet(file: Path, text_field: str) -> Iterator[Record]:
-    """The rows of a Parquet file; of its columns only the text is read."""
-    import pyarrow
+def read_json(file: Path) -> Iterator[Record]:
+    """The objects of one JSON list, as Alpaca and ShareGPT are handed about: the only kind that is read whole."""
+    with open_stream(file) as stream:
+        data = stream.read()
+    try:
+        records = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: malformed JSON: {error}; a file with a record on each line is a .jsonl") from None
+    check(isinstance(records, list), f"{file}: a .json file must hold a list of records")
+    for number, record in enumerate(records, start=1):
+        check(isinstance(record, dict), f'{file} record {number}: it must be a JSON object, as in {{"text": ...}}')
+        yield f"{file} record {number}", record
+
+
+def read_parquet(file: Path, column: str | None) -> Iterator[Record]:
+    """The rows of a Parquet file, of one of its columns or of all."""
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            check_column(text_field, parquet.schema_arrow.names, str(file))
-            row = 0
-            for batch in parquet.iter_batches(batch_size=1024, columns=[text_field]):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{file} row {row}", record
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's fault; pyarrow's own have no errno
-        raise UserError(f"{file}: not a readable Parquet file: {error}") from None
+    with not_readable(file, "Parquet file"), pyarrow.parquet.ParquetFile(file) as parquet:
+        if column is not None:
+            check_column(column, parquet.schema_arrow.names, str(file))
+        row = 0
+        for batch in parquet.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+            for record in batch.to_pylist():
+                row += 1
+                yield f"{file} row {row}", record
 
 
 def check_column(name: str, names: Sequence[str], place: str) -> None:
@@ -100,8 +167,9 @@ def read_txt(file: Path, text_field: str) -> Iterator[Record]:
         return f"{file} before line {number}", {text_field: "".join(piece)}
 
     number = 1
-    try:
-        with open(file, encoding="utf-8", newline="") as lines:
+    with open_stream(file) as stream:
+        lines = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        try:
             while line := lines.readline(TXT_DOCUMENT):
                 number += line.endswith("\n")
                 piece.append(line)
@@ -109,8 +177,8 @@ def read_txt(file: Path, text_field: str) -> Iterator[Record]:
                 if length >= 4 * TXT_DOCUMENT or (length >= TXT_DOCUMENT and not line.strip()):
                     yield document()
                     piece, length = [], 0
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} near line {number}: not UTF-8 text ({error.reason})") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} near line {number}: not UTF-8 text ({error.reason})") from None
     if piece:
         yield document()
 
@@ -118,7 +186,7 @@ def read_txt(file: Path, text_field: str) -> Iterator[Record]:
 class FileSource:
     """Local files as a source that can be taken up where it was left."""
 
-    def __init__(self, files: Sequence[Path], text_field: str = "text"):
+    def __init__(self, files: Sequence[Path], text_field: str | None = "text"):
         self.files, self.text_field, self.position = files, text_field, 0
 
     def describe(self) -> dict:
@@ -149,7 +217,7 @@ class HubSource:
         from datasets import load_dataset
         from huggingface_hub import HfApi
 
-        self.dataset, self.name, self.column = dataset, name, column
+        self.dataset, self.name, self.column, self.split = dataset, name, column, split
         self.label = f"{dataset}/{name}" if name else dataset
         self.position = {"row": 0, "table": None, "done": 0}  # rows so far; where their last table begins; rows of it
         try:
@@ -164,7 +232,8 @@ class HubSource:
 
     def describe(self) -> dict:
         """What a manifest says of the dataset."""
-        return {"dataset": self.dataset, "name": self.name, "revision": self.revision}
+        split = {} if self.split == "train" else {"split": self.split}
+        return {"dataset": self.dataset, "name": self.name, "revision": self.revision} | split
 
     def records(self, position: dict | None = None) -> Iterator[Record]:
         """All records, or those after a `position` that this source once had, without reading the files before.

@@ -281,7 +281,7 @@ def test_a_value_that_cannot_be_used(prepare, tmp_path, flags, message):
 
 def test_text_files_hold_no_conversations(prepare, tmp_path):
     (tmp_path / "a.txt").write_text("Hello")
-    assert error_of(prepare([], files="a.txt", expect=2)) == "--files a.txt: a file must end in .jsonl"
+    assert error_of(prepare([], files="a.txt", expect=2)).startswith("--files a.txt: a file must end in .json")
 
 
 def test_malformed_json_names_file_and_line(run_script, tmp_path):

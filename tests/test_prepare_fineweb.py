@@ -1,10 +1,12 @@
 """prepare_fineweb.py as people run it: text files in, shards out."""
 
+import gzip
 import hashlib
 import json
 import re
 from pathlib import Path
 
+import hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -157,6 +159,43 @@ def test_half_a_surrogate_pair_is_no_reason_to_stop(prepare, tmp_path):
     assert "half \ufffd a pair" in found["train"] + found["val"]
 
 
+def test_a_folder_with_compressed_files(prepare, tmp_path):
+    """The documents of all files in the order of their names, and the same bytes again where it is run again."""
+    (tmp_path / "books" / "more").mkdir(parents=True)
+    lines = [(json.dumps({"text": text}) + "\n").encode() for text in TEXTS]
+    (tmp_path / "books" / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:9])) + gzip.compress(lines[9]))
+    (tmp_path / "books" / "more" / "b.jsonl.zst").write_bytes(pyarrow.compress(b"".join(lines[10:]), "zstd", True))
+    (tmp_path / "books" / "notes.md").write_text("none of them")
+    for out in ("one", "two"):
+        assert prepare("books/", out=out).stdout.startswith("books: 2 files\n")
+    assert documents(tmp_path / "one") == split_by_hand(TEXTS, 0.2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert "no file in this folder ends in .txt or" in error_of(prepare("one", expect=2))
+
+
+def test_a_cut_off_archive_is_no_dataset(prepare, tmp_path):
+    lines = b"".join((json.dumps({"text": text * 50}) + "\n").encode() for text in TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    message = error_of(prepare("a.jsonl.gz", shard_tokens=700, expect=2))
+    assert message.startswith("a.jsonl.gz: not a readable .gz archive: ")
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_another_split_and_field_of_a_hub_dataset(run_script, tmp_path):
+    (tmp_path / "files").mkdir()
+    for split, texts in (("train", ["no"]), ("test", TEXTS)):
+        write_jsonl(tmp_path / "files" / f"{split}.jsonl", texts)
+    flags = ("--dataset", "some/texts", "--tokenizer", "bytes", "--val_fraction", 0.2, "--out", "out")
+    with hub.serve(tmp_path / "files") as address:
+        there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        run_script(SCRIPT, *flags, "--split", "test", env=there)
+        wrong = run_script(SCRIPT, *flags, "--split", "tset", env=there, expect=2)
+    assert documents(tmp_path / "out") == split_by_hand(TEXTS, 0.2)
+    source = {"dataset": "some/texts", "name": None, "revision": hub.REVISION, "split": "test"}
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["source"] == source
+    assert re.match("dataset some/texts cannot be opened: .*tset.*train", error_of(wrong))
+
+
 def test_another_text_field(prepare, tmp_path):
     lines = [json.dumps({"body": text, "text": "no"}) for text in TEXTS]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
@@ -195,6 +234,7 @@ def test_a_source_that_cannot_be_used(prepare, tmp_path, lines, message):
         ({"val_fraction": "nan"}, "--val_fraction is nan: it must be"),
         ({"shard_tokens": 0}, "--shard_tokens is 0: it must be at least 1"),
         ({"max_tokens": 0}, "--max_tokens is 0: it must be at least 1"),
+        ({"split": "test"}, "--files excludes --dataset, --name and --split: give one or the other"),
         ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3': choose one of gpt2, bytes"),
     ],
 )

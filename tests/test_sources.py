@@ -1,7 +1,12 @@
 """Which files a pattern names, and what comes out of each kind of file and of the hub."""
 
+import functools
+import gzip
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -10,7 +15,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import error_of
+from conftest import ROOT, error_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +24,7 @@ from cli import UserError
 from sources import TXT_DOCUMENT, FileSource, HubSource, expand, read_files
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+KNOWN = ".txt or .jsonl or .parquet (text also with .gz or .zst)"
 
 
 @pytest.fixture
@@ -54,6 +60,17 @@ def test_globs_are_sorted_and_arguments_keep_their_order(folder):
     assert expand_names("deep/**/*.txt") == ["deep/er/d.txt"]
 
 
+def test_a_folder_is_all_its_files_of_known_kinds(folder, capsys):
+    names = ["books/a.txt", "books/b/c.jsonl.zst", "books/b/d.txt.gz", "books/e.parquet"]
+    for name in [*reversed(names), "books/f.md", "books/.hidden.txt", "books/.git/g.txt", "books/h.txt.d/i.md"]:
+        write(name)
+    write("elsewhere/j.txt")
+    Path("books/k").symlink_to("../elsewhere")
+    assert expand_names("books/") == [*names, "books/k/j.txt"]
+    assert capsys.readouterr().out == "books: 5 files\n"
+    assert expand_names("book*") == [*names, "books/k/j.txt"]
+
+
 def test_a_name_with_brackets_is_a_name_where_it_exists(folder):
     write("notes[1].txt")
     write("notes1.txt")
@@ -65,17 +82,21 @@ def test_a_name_with_brackets_is_a_name_where_it_exists(folder):
     [
         (["missing.txt"], "--files missing.txt: no such file"),
         (["a.txt", "*.parquet"], "--files *.parquet: no such file"),
-        (["notes.md"], "--files notes.md: a file must end in .txt or .jsonl or .parquet"),
-        (["deep.txt"], "--files deep.txt: not a file; name the files in it, as in 'deep.txt/*.jsonl'"),
+        (["notes.md"], f"--files notes.md: a file must end in {KNOWN}"),
+        (["c.parquet.gz"], f"--files c.parquet.gz: a file must end in {KNOWN}"),
+        (["x.gz"], f"--files x.gz: a file must end in {KNOWN}"),
+        (["deep/"], f"--files deep: no file in this folder ends in {KNOWN}"),
+        (["a.txt", "dangling"], "--files dangling/gone.txt: not a file"),
         (["a.txt", "./a.txt"], "--files a.txt: named more than once"),
         (["a.txt", "*.txt"], "--files a.txt: named more than once"),
+        (["both/b.txt", "both"], "--files both/b.txt: named more than once"),
     ],
 )
 def test_a_pattern_that_cannot_be_used(folder, patterns, message):
-    write("a.txt")
-    write("notes.md")
-    if "deep.txt" in patterns:
-        write("deep.txt/b.txt")
+    for name in ("a.txt", "notes.md", "c.parquet.gz", "x.gz", "deep/notes.md", "both/b.txt"):
+        write(name)
+    Path("dangling").mkdir()
+    Path("dangling/gone.txt").symlink_to("nowhere")
     with pytest.raises(UserError) as error:
         expand(patterns, SUFFIXES)
     assert str(error.value) == message
@@ -188,6 +209,100 @@ def test_txt_in_another_encoding(folder):
     file = write("a.txt", b"first line\nsecond caf\xe9 line\n")
     with pytest.raises(UserError, match=r"a\.txt near line \d: not UTF-8 text"):
         records(file)
+
+
+# ---- compressed ----------------------------------------------------------------------------------------------------
+
+COMPRESS = {".gz": gzip.compress, ".zst": functools.partial(pyarrow.compress, codec="zstd", asbytes=True)}
+LINES = "".join(json.dumps({"text": f"line {i} é👍 " + "word " * (i % 7)}) + "\n" for i in range(400)).encode()
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_compressed_file_is_the_file(folder, suffix, kind, parts):
+    """However many members or frames it has, and wherever they meet: in the middle of a character, too."""
+    size = -(-len(LINES) // parts)
+    pieces = [COMPRESS[suffix](LINES[i : i + size]) for i in range(0, len(LINES), size)]
+    packed, plain = write(f"a{kind}{suffix}", b"".join(pieces)), write(f"a{kind}", LINES)
+    expected = [(place.replace(kind, kind + suffix), record) for place, record in read_files([plain])]
+    assert len(pieces) == parts and list(read_files([packed])) == expected
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json"])
+def test_a_cut_off_archive_never_passes_for_a_shorter_file(folder, suffix, kind):
+    """At whatever byte: in a header, in the data, in the checksum at the end of the first part or of the second."""
+    line = b'{"text": "one"}\n'
+    first, second = (COMPRESS[suffix](data) for data in ((b"[", line + b"]") if kind == ".json" else (line, line)))
+    whole = first + second
+    cuts = set(range(len(whole))) - {len(first)}  # between two members, it is the whole archive of the first
+    for cut in cuts:
+        file = write(f"a{kind}{suffix}", whole[:cut])
+        with pytest.raises(UserError, match=rf"^a{kind}{suffix}: not a readable {suffix} archive: "):
+            records(file)
+    assert len(cuts) > 30 and len(records(write(f"a{kind}{suffix}", whole))) > 0
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("damage", [lambda w: LINES, lambda w: w[:10] + b"?" * 9 + w[19:], lambda w: w + b"junk"])
+def test_a_damaged_archive_is_named(folder, suffix, damage):
+    file = write(f"a.jsonl{suffix}", damage(COMPRESS[suffix](LINES)))
+    with pytest.raises(UserError, match=rf"^a\.jsonl{suffix}: not a readable {suffix} archive: "):
+        records(file)
+
+
+def test_mistakes_within_an_archive_name_the_line(folder):
+    for name, message in (("a.txt.gz", "near line 1: not UTF-8"), ("a.jsonl.gz", "line 1: malformed JSON")):
+        file = write(name, gzip.compress(b"caf\xe9 and more\n"))
+        with pytest.raises(UserError, match=f"^{name} {message}"):
+            records(file)
+
+
+def test_a_compressed_file_is_never_whole_in_memory(folder):
+    """The most memory that a process takes to read 60 MB, beyond what it takes to read a line."""
+    for name, lines in (("small.jsonl.gz", 1), ("large.jsonl.gz", 600)):
+        with gzip.open(name, "wb", compresslevel=1) as stream:
+            for _ in range(lines):
+                stream.write(json.dumps({"text": "word " * 20_000}).encode() + b"\n")
+    code = (
+        "import resource, sys; from pathlib import Path; from sources import read_files\n"
+        "print(sum(len(record['text']) for _, record in read_files([Path(sys.argv[1])])))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    runs = [
+        subprocess.run([sys.executable, "-c", code, name], env=env, capture_output=True, text=True, check=True)
+        for name in ("small.jsonl.gz", "large.jsonl.gz")
+    ]
+    (small, memory_of_small), (large, memory_of_large) = (map(int, run.stdout.split()) for run in runs)
+    assert (small, large) == (100_000, 60_000_000)
+    assert memory_of_large - memory_of_small < 20_000  # KiB
+
+
+# ---- json ----------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_a_list_of_records(folder):
+    file = write("a.json", '[\n {"text": "one"},\n {"text": "two"}\n]\n')
+    assert list(read_files([file])) == [("a.json record 1", {"text": "one"}), ("a.json record 2", {"text": "two"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "one"}', "a.json: a .json file must hold a list of records"),
+        (
+            '{"text": "one"}\n{"text": "two"}',
+            "a.json: malformed JSON: .*; .* is a .jsonl",
+        ),
+        ('[{"text": "one"}, {"te', "a.json: malformed JSON"),
+        ('[{"text": "one"}, "two"]', "a.json record 2: it must be a JSON object"),
+    ],
+)
+def test_json_that_is_no_list_of_records(folder, content, message):
+    with pytest.raises(UserError, match=message):
+        records(write("a.json", content))
 
 
 def test_all_kinds_one_after_the_other(folder):
