@@ -3,11 +3,16 @@
     python prepare_dolly.py                                         # databricks-dolly-15k, from the hub
     python prepare_dolly.py --files mine.jsonl --out data/mine      # your own
 
-A line of your own `.jsonl` is a record in Dolly's columns, in Alpaca's, or a conversation of any number of turns:
+The records of files and hub datasets are recognised by their fields, each in one of these layouts:
 
-    {"instruction": "Who wrote it?", "context": "Emma, by Jane Austen", "response": "Jane Austen."}
-    {"instruction": "Who wrote it?", "input": "Emma, by Jane Austen", "output": "Jane Austen."}
-    {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you."}]}
+    {"instruction": "Who wrote it?", "context": "Emma, by Jane Austen", "response": "Jane Austen."}      Dolly
+    {"instruction": "Who wrote it?", "input": "Emma, by Jane Austen", "output": "Jane Austen."}          Alpaca
+    {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}]}       any turns
+    {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hi."}]}           ShareGPT
+    {"prompt": "Hello!", "completion": "Hi."}                                       or messages in both, see below
+
+What the assistant says is learned, in all its turns; where prompt and completion are lists of messages, in those of the
+completion alone.
 
 Writes `.npy` arrays and `meta.json` into `--out`, where `finetune.py` reads them.
 """
@@ -17,6 +22,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,15 +32,21 @@ from shards import FORMAT_VERSION, SPLITS, close_output, is_validation, open_out
 from sources import FileSource, HubSource, Record, expand
 from tokenizer import ROLES, Tokenizer, load_tokenizer
 
+KINDS = (".jsonl", ".json", ".parquet")
+LAYOUTS = "messages, or conversations, or prompt and completion, or instruction and response or output"
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
 
 @dataclass(frozen=True)
 class Config:
     dataset: str = "databricks/databricks-dolly-15k"
-    """An instruction dataset on the Hugging Face Hub; its split "train" is read."""
+    """An instruction dataset on the Hugging Face Hub."""
     name: str | None = None
     """Which of the dataset's configurations; None where it has one only."""
+    split: str = "train"
+    """Which of the dataset's splits is read."""
     files: tuple[str, ...] = ()
-    """Local .jsonl files instead, as paths or globs."""
+    """Local .jsonl, .json and .parquet files instead, as paths, folders or globs; also .jsonl.gz and the like."""
     tokenizer: str = "gpt2"
     """gpt2, or bytes, which needs no download; the model's own."""
     out: Path = Path("data/dolly")
@@ -56,7 +68,8 @@ class Conversations:
 def main(config: Config) -> None:
     cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
     cli.check_range("block_size", config.block_size, 16)
-    check(not config.files or config.dataset == Config.dataset, "--files and --dataset exclude each other: give one")
+    of_hub = (config.dataset, config.name, config.split) != (Config.dataset, Config.name, Config.split)
+    check(not (config.files and of_hub), "--files excludes --dataset, --name and --split: give one or the other")
     tokenizer = load_tokenizer(config.tokenizer)
     source = open_source(config)
     description = describe(config, tokenizer, source)
@@ -82,8 +95,8 @@ def main(config: Config) -> None:
 def open_source(config: Config) -> FileSource | HubSource:
     """Local files, or a dataset on the hub."""
     if config.files:
-        return FileSource(expand(config.files, (".jsonl",)))
-    return HubSource(config.dataset, config.name)
+        return FileSource(expand(config.files, KINDS), text_field=None)
+    return HubSource(config.dataset, config.name, split=config.split)
 
 
 def describe(config: Config, tokenizer: Tokenizer, source: FileSource | HubSource) -> dict:
@@ -108,8 +121,8 @@ def examples(
     """
     for place, record in records:
         counts["records"] += 1
-        messages = to_messages(place, record)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        messages, n_prompt = to_messages(place, record)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= n_prompt]
         check(bool(answers), f"{place}: nothing to learn: the conversation has no message of the assistant")
         messages = messages[: answers[-1] + 1]  # what follows the last answer teaches nothing
         if not any(messages[i]["content"].strip() for i in answers):
@@ -120,26 +133,49 @@ def examples(
             encoded = tokenizer.encode_chat(messages, max_length=block_size)
             counts["dropped" if encoded is None else "shortened"] += 1
         if encoded is not None:
-            yield messages, *encoded
+            tokens, learned = encoded
+            turns = [i for i, token in enumerate(tokens) if token == tokenizer.role_tokens["assistant"]]
+            first = turns[-len(answers) :][0]
+            yield messages, tokens, [False] * first + learned[first:]  # answers in the prompt are not learned
 
 
-def to_messages(place: str, record: dict) -> list[dict]:
-    """A record as messages of "role" and "content".  Raises `UserError`, naming the record, where it is none."""
-    if "messages" in record:
-        messages = record["messages"]
-        check(isinstance(messages, list), f"{place}: messages must be a list")
-        for message in messages:
-            known = isinstance(message, dict) and message.get("role") in ROLES
-            check(
-                known and isinstance(message.get("content"), str),
-                f"{place}: a message needs a role ({', '.join(ROLES)}) and a content in text",
-            )
-        return [{"role": message["role"], "content": message["content"]} for message in messages]
+def to_messages(place: str, record: dict) -> tuple[list[dict], int]:
+    """A record as messages of "role" and "content", and how many of them, at the beginning, are prompt only.
+
+    Raises `UserError`, naming the record, where it has no known layout.
+    """
+    fields = {name: value for name, value in record.items() if value is not None}
+    for name in ("messages", "conversations"):
+        if name in fields:
+            return as_messages(place, name, fields[name]), 0
+    if "prompt" in fields and "completion" in fields:
+        prompt = as_messages(place, "prompt", fields["prompt"], role="user")
+        return prompt + as_messages(place, "completion", fields["completion"], role="assistant"), len(prompt)
+    has = f"its fields are {', '.join(record)}" if record else "it has no fields"
+    check("instruction" in fields, f"{place}: no known layout: {has}; known are {LAYOUTS}")
     instruction = field(place, record, "instruction")
     context = field(place, record, "context", "input", optional=True)
     response = field(place, record, "response", "output")
     question = f"{instruction}\n\n{context}" if context else instruction
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}], 0
+
+
+def as_messages(place: str, name: str, value: Any, role: str | None = None) -> list[dict]:
+    """The messages in a field: a list of them, or a text of this role."""
+    if role is not None and isinstance(value, str):
+        return [{"role": role, "content": value}]
+    check(isinstance(value, list), f"{place}: {name} must be a list of messages")
+    return [as_message(f"{place}, message {number} of {name}", item) for number, item in enumerate(value, start=1)]
+
+
+def as_message(place: str, item: Any) -> dict:
+    """A message of "role" and "content", or of ShareGPT's "from" and "value"."""
+    said = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
+    role = said.get("role", SHAREGPT_ROLES.get(str(said.get("from")), said.get("from")))
+    content = said.get("content", said.get("value"))
+    check(role in ROLES, f"{place}: role {role!r}; a message needs one of {', '.join(ROLES)}")
+    check(isinstance(content, str), f"{place}: a message needs a content in text, not {type(content).__name__}")
+    return {"role": role, "content": content}
 
 
 def field(place: str, record: dict, *names: str, optional: bool = False) -> str:

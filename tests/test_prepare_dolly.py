@@ -1,12 +1,16 @@
 """prepare_dolly.py as people run it: instructions and conversations in, tokens and a mask of what is learned out."""
 
+import gzip
 import hashlib
 import json
 import re
 from itertools import pairwise
 from pathlib import Path
 
+import hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import error_of
 
@@ -20,6 +24,8 @@ RECORDS = [
     {"instruction": f"Question {i} ä?", "context": "<|end|>" * (i % 3), "response": f"Answer {i} 👍."}
     for i in range(40)
 ]
+
+FINE = {"role": "assistant", "content": "Yes."}
 
 
 def write_jsonl(file: Path, records: list[dict]) -> None:
@@ -112,12 +118,108 @@ def counts(folder: Path) -> tuple[int, int, int]:
             "<|endoftext|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>{Hello!<|end|>}"
             "<|user|>Bye<|end|><|assistant|>{See you.<|end|>}",
         ),
+        (
+            {"prompt": "Who?", "completion": "Jane."},
+            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+        ),
+        (
+            {
+                "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}],
+                "completion": [{"role": "assistant", "content": "Jane."}],
+                "messages": None,
+            },
+            "<|endoftext|><|system|>Be kind.<|end|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Hi"}, FINE, {"role": "user", "content": "Who?"}],
+                "completion": [FINE, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "No."}],
+            },
+            "<|endoftext|><|user|>Hi<|end|><|assistant|>Yes.<|end|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}"
+            "<|user|>Sure?<|end|><|assistant|>{No.<|end|>}",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be kind."},
+                    {"from": "human", "value": "Hi", "weight": None},
+                    {"from": "gpt", "value": "Hello!"},
+                    {"from": "user", "value": "Bye"},
+                    {"from": "assistant", "value": "See you."},
+                ]
+            },
+            "<|endoftext|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>{Hello!<|end|>}"
+            "<|user|>Bye<|end|><|assistant|>{See you.<|end|>}",
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "Who?", "from": None}, FINE]},
+            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}",
+        ),
+        (
+            {"prompt": "Who?", "prompt_id": "7", "messages": [{"role": "user", "content": "Who?"}, FINE]},
+            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}",
+        ),
     ],
-    ids=["dolly", "dolly with context", "context null", "alpaca", "alpaca without input", "messages"],
+    ids=[
+        "dolly",
+        "dolly with context",
+        "context null",
+        "alpaca",
+        "alpaca without input",
+        "messages",
+        "prompt and completion",
+        "prompt and completion in messages",
+        "answers in the prompt",
+        "sharegpt",
+        "conversations of roles",
+        "messages beside a prompt",
+    ],
 )
 def test_every_kind_of_record(prepare, tmp_path, record, expected):
     prepare([record])
     assert expected in conversations(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["chat.jsonl.gz", "chat.json", "chat.json.zst", "chat.parquet", "folder"])
+def test_every_kind_of_file(prepare, tmp_path, name):
+    """The same records give the same arrays, whatever file they come in; lists of messages go through Parquet, too."""
+    records = [{"messages": [{"role": "user", "content": f"After {i}?"}, FINE], "id": i} for i in range(40)]
+    prepare(records, filling=False, out="plain")
+    lines, array = "".join(json.dumps(record) + "\n" for record in records).encode(), json.dumps(records).encode()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "chat.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "chat.json").write_bytes(array)
+    (tmp_path / "chat.json.zst").write_bytes(pyarrow.compress(array, "zstd", asbytes=True))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "chat.parquet")
+    (folder / "1.json").write_text(json.dumps(records[:20]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records[20:]), folder / "2.parquet")
+    prepare([], files=name)
+    plain, packed = ({n: b for n, b in contents(tmp_path / f).items() if n.endswith(".npy")} for f in ("plain", "out"))
+    assert len(plain) == 6 and packed == plain
+
+
+def test_answers_in_a_prompt_that_is_shortened_are_not_learned(prepare, tmp_path):
+    prompt = [{"role": "user", "content": "u" * 50}, FINE, {"role": "user", "content": "Hi"}, FINE]
+    prepare([{"prompt": [*prompt, {"role": "user", "content": "Who?"}], "completion": [FINE]}], block_size=60)
+    expected = "<|user|>Hi<|end|><|assistant|>Yes.<|end|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}"
+    assert f"<|endoftext|>{expected}" in conversations(tmp_path / "out")
+
+
+def test_another_split_of_a_hub_dataset(run_script, tmp_path):
+    """In Arrow, a field that other records have is null, and messages are lists of structures."""
+    (tmp_path / "files").mkdir()
+    answer = {"from": "gpt", "value": "Yes."}
+    talks = [{"conversations": [{"from": "human", "value": f"{i}?"}, answer]} for i in range(9)]
+    write_jsonl(tmp_path / "files" / "train.jsonl", [talks[0] | RECORDS[0]])
+    write_jsonl(tmp_path / "files" / "test.jsonl", [*talks, *RECORDS])
+    flags = ("--dataset", "some/chats", "--split", "test", "--tokenizer", "bytes", "--val_fraction", 0.2)
+    with hub.serve(tmp_path / "files") as address:
+        there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        run_script(SCRIPT, *flags, "--out", "out", env=there)
+    found = conversations(tmp_path / "out")
+    assert len(found) == 49 and "<|endoftext|><|user|>8?<|end|><|assistant|>{Yes.<|end|>}" in found
+    assert meta(tmp_path / "out")["source"]["split"] == "test"
 
 
 def test_all_conversations_come_back_with_the_manifest(prepare, tmp_path):
@@ -224,22 +326,35 @@ def test_what_is_shortened_and_left_out_is_counted_and_said(prepare, tmp_path):
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
-FINE = {"role": "assistant", "content": "Yes."}
-NEEDS = r"a message needs a role \(system, user, assistant\) and a content in text"
-
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
         ({"messages": [{"role": "user", "content": "Hello?"}]}, "nothing to learn: .* no message of the assistant"),
-        ({"messages": [{"role": "human", "content": "Hello?"}, FINE]}, NEEDS),
-        ({"messages": [{"role": "user", "content": None}, FINE]}, NEEDS),
-        ({"messages": [{"role": "user"}, FINE]}, NEEDS),
-        ({"messages": [{"content": "Hello?"}, FINE]}, NEEDS),
-        ({"messages": ["Hello?", FINE]}, NEEDS),
+        (
+            {"messages": [{"role": "human", "content": "Hello?"}, FINE]},
+            "role 'human'; a message needs one of",
+        ),
+        ({"messages": [FINE, {"role": "tool", "content": "5"}, FINE]}, "role 'tool'; a message needs one of"),
+        ({"conversations": [FINE, {"from": "function_call", "value": "5"}]}, "role 'function_call'; a message needs"),
+        ({"conversations": [FINE, {"from": ["human"], "value": "5"}]}, r"role \['human'\]; a message needs"),
+        ({"messages": [{"role": "user", "content": None}, FINE]}, "a message needs a content in text, not NoneType"),
+        ({"messages": [{"role": "user"}, FINE]}, "a message needs a content in text, not NoneType"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, FINE]}, "a message needs a content in text"),
+        ({"messages": [{"content": "Hello?"}, FINE]}, "role None; a message needs one of system, user, assistant"),
+        ({"messages": ["Hello?", FINE]}, "role None; a message needs one of system, user, assistant"),
+        ({"prompt": "Who?", "completion": 5}, "completion must be a list of messages"),
+        ({"prompt": [FINE], "completion": [{"role": "user", "content": "?"}]}, "nothing to learn"),
         ({"messages": []}, "nothing to learn"),
         ({"messages": "Hello?"}, "messages must be a list"),
-        ({"prompt": "Who?", "response": "Jane."}, "no text in field 'instruction'; the record has: prompt, response"),
+        (
+            {"prompt": "Who?", "response": "Jane."},
+            "no known layout: its fields are prompt, response; known are",
+        ),
+        (
+            {},
+            "no known layout: it has no fields; known are messages, or conversations, or prompt and compl",
+        ),
         ({"instruction": "Who?", "answer": "Jane."}, "no text in field 'response' or 'output'; the record has: inst"),
         ({"instruction": "Who?", "response": 5}, "no text in field 'response' or 'output'"),
         ({"instruction": "Who?", "context": ["a"], "response": "Jane."}, "no text in field 'context' or 'input'"),
@@ -247,7 +362,7 @@ NEEDS = r"a message needs a role \(system, user, assistant\) and a content in te
 )
 def test_a_record_that_cannot_be_used_is_named(prepare, tmp_path, record, message):
     done = prepare([RECORDS[0], record], expect=2)
-    assert re.match(f"chat.jsonl line 2: {message}", error_of(done))
+    assert re.match(f"chat.jsonl line 2(, message [12] of (messages|conversations))?: {message}", error_of(done))
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
