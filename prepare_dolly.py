@@ -18,23 +18,27 @@ Writes `.npy` arrays and `meta.json` into `--out`, where `finetune.py` reads the
 """
 
 import json
+import os
+import re
 import shlex
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 import cli
-from cli import Progress, UserError, check
-from shards import FORMAT_VERSION, SPLITS, close_output, is_validation, open_output, write_array
-from sources import FileSource, HubSource, Record, expand
-from tokenizer import ROLES, Tokenizer, load_tokenizer
+from cli import Progress, check
+from layouts import to_messages
+from shards import FORMAT_VERSION, SPLITS, close_output, is_chosen, is_validation, open_output, write_array
+from sources import FileSource, HubSource, expand, kind_of
+from tokenizer import Tokenizer, load_tokenizer
 
 KINDS = (".jsonl", ".json", ".parquet")
-LAYOUTS = "messages, or conversations, or prompt and completion, or instruction and response or output"
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+COUNTED = ("records", "shortened", "dropped", "skipped_empty")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Config:
     """Which of the dataset's splits is read."""
     files: tuple[str, ...] = ()
     """Local .jsonl, .json and .parquet files instead, as paths, folders or globs; also .jsonl.gz and the like."""
+    mix: tuple[str, ...] = ()
+    """Several sources instead, as SOURCE=WEIGHT each: files as above, or a hub dataset as owner/name:config:split."""
     tokenizer: str = "gpt2"
     """gpt2, or bytes, which needs no download; the model's own."""
     out: Path = Path("data/dolly")
@@ -55,71 +61,132 @@ class Config:
     """The longest conversation in tokens: the model's context."""
     val_fraction: float = 0.02
     """The part of the conversations that is kept for validation."""
+    preview: int | None = None
+    """Print the first so many conversations of each source with a mark on what is learned, and write nothing."""
+
+
+@dataclass
+class Source:
+    """Where conversations come from, how often each of them is taken, and what that gave."""
+
+    label: str
+    data: FileSource | HubSource
+    weight: float = 1.0
+    conversations: int = 0
+    learned_tokens: int = 0
+
+
+class Example(NamedTuple):
+    """A conversation that can be learned, and the words that name its record."""
+
+    place: str
+    messages: list[dict]
+    tokens: list[int]
+    learned: list[bool]
 
 
 @dataclass
 class Conversations:
     """One split as it grows: arrays of tokens and of learned marks, one each per conversation."""
 
-    tokens: list[np.ndarray]
-    learned: list[np.ndarray]
+    tokens: list[np.ndarray] = field(default_factory=list)
+    learned: list[np.ndarray] = field(default_factory=list)
+    documents: set[bytes] = field(default_factory=set)  # of the validation split of a mix: none of them comes twice
 
 
 def main(config: Config) -> None:
-    cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
-    cli.check_range("block_size", config.block_size, 16)
-    of_hub = (config.dataset, config.name, config.split) != (Config.dataset, Config.name, Config.split)
-    check(not (config.files and of_hub), "--files excludes --dataset, --name and --split: give one or the other")
+    check_config(config)
     tokenizer = load_tokenizer(config.tokenizer)
-    source = open_source(config)
-    description = describe(config, tokenizer, source)
+    sources = open_sources(config)
+    if config.preview is not None:
+        preview(config, sources, tokenizer)
+        return
+    description = describe(config, tokenizer, sources)
     if open_output(config.out, description) is None:
         print(f"{config.out} is already complete.")
         return
 
-    splits = {split: Conversations([], []) for split in SPLITS}
-    counts = {"records": 0, "shortened": 0, "dropped": 0, "skipped_empty": 0}
+    splits, counts = {split: Conversations() for split in SPLITS}, dict.fromkeys(COUNTED, 0)
     progress = Progress(None, "record")
-    for messages, tokens, learned in examples(source.records(), tokenizer, config.block_size, counts):
-        split = splits["val" if is_validation(json.dumps(messages).encode(), config.val_fraction) else "train"]
-        split.tokens.append(np.array(tokens, dtype=np.uint16))
-        split.learned.append(np.array(learned, dtype=bool))
-        progress.update(counts["records"] - progress.done)
+    for source in sources:
+        for example in examples(source, tokenizer, config.block_size, counts):
+            take(example, source, splits, config)
+            progress.update(counts["records"] - progress.done)
     progress.close()
     check_splits(splits, config, counts)
     manifest = {name: write_split(config.out, name, split) for name, split in splits.items()}
     close_output(config.out, description | manifest | counts)
-    summarise(config, manifest, counts)
+    summarise(config, sources, manifest, counts)
 
 
-def open_source(config: Config) -> FileSource | HubSource:
-    """Local files, or a dataset on the hub."""
+def check_config(config: Config) -> None:
+    of_hub = (config.dataset, config.name, config.split) != (Config.dataset, Config.name, Config.split)
+    given = [bool(config.files), bool(config.mix), of_hub]
+    check(sum(given) <= 1, "--files, --mix and --dataset with --name and --split exclude each other: give one of them")
+    cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
+    cli.check_range("block_size", config.block_size, 16)
+    if config.preview is not None:
+        cli.check_range("preview", config.preview, 1)
+
+
+def open_sources(config: Config) -> list[Source]:
+    """The sources that are mixed; or one of local files, or one of a dataset on the hub."""
+    if config.mix:
+        return [open_weighted(item) for item in config.mix]
     if config.files:
-        return FileSource(expand(config.files, KINDS), text_field=None)
-    return HubSource(config.dataset, config.name, split=config.split)
+        return [Source("files", FileSource(expand(config.files, KINDS), text_field=None))]
+    return [Source("hub", HubSource(config.dataset, config.name, split=config.split))]
 
 
-def describe(config: Config, tokenizer: Tokenizer, source: FileSource | HubSource) -> dict:
+def open_weighted(item: str) -> Source:
+    """A source from "mine.jsonl=2": what there is on disk, else a dataset on the hub."""
+    name, _, number = item.rpartition("=")
+    weight = float(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number) else 0.0
+    check(bool(name) and 0 < weight <= 100, f"--mix {item}: give it as SOURCE=WEIGHT, the weight above 0 and up to 100")
+    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?", name)
+    if on_hub is None or Path(name).exists() or kind_of(Path(name)) in KINDS:
+        return Source(item, FileSource(expand([name], KINDS, "--mix"), text_field=None), weight)
+    return Source(item, HubSource(on_hub[1], on_hub[2] or None, split=on_hub[3] or "train"), weight)
+
+
+def describe(config: Config, tokenizer: Tokenizer, sources: list[Source]) -> dict:
     """The part of the manifest that is known before the work starts; the same description gives the same bytes."""
+    parts = [source.data.describe() for source in sources]
+    mixed = [{"weight": source.weight} | part for source, part in zip(sources, parts, strict=True)]
     return {
         "version": FORMAT_VERSION,
         "kind": "chat",
         "tokenizer": config.tokenizer,
         "vocab_size": tokenizer.chat_vocab_size,
-        "source": source.describe(),
+        "source": {"mix": mixed} if config.mix else parts[0],
         "block_size": config.block_size,
         "val_fraction": config.val_fraction,
     }
 
 
-def examples(
-    records: Iterable[Record], tokenizer: Tokenizer, block_size: int, counts: dict
-) -> Iterator[tuple[list[dict], list[int], list[bool]]]:
-    """Each conversation that can be learned, as messages, tokens and learned marks; the others are counted.
+def take(example: Example, source: Source, splits: dict[str, Conversations], config: Config) -> None:
+    """Put a conversation into its split as often as the source's weight says; into a mix's validation split once.
+
+    Whether it is taken for a weight's fraction is decided by its own hash, so other data never changes it.
+    """
+    document = json.dumps(example.messages).encode()
+    times = int(source.weight) + is_chosen(document, source.weight % 1, salt=b"mix")
+    split = splits["val" if is_validation(document, config.val_fraction) else "train"]
+    if config.mix and split is splits["val"]:
+        times = min(times, 1) if document not in split.documents else 0
+        split.documents |= {document} if times else set()
+    split.tokens += [np.array(example.tokens, dtype=np.uint16)] * times
+    split.learned += [np.array(example.learned, dtype=bool)] * times
+    source.conversations += times
+    source.learned_tokens += times * sum(example.learned)
+
+
+def examples(source: Source, tokenizer: Tokenizer, block_size: int, counts: dict) -> Iterator[Example]:
+    """Each conversation that can be learned; the others are counted.
 
     Raises `UserError`, naming the record, where there is no assistant to learn from.
     """
-    for place, record in records:
+    for place, record in source.data.records():
         counts["records"] += 1
         messages, n_prompt = to_messages(place, record)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= n_prompt]
@@ -136,55 +203,44 @@ def examples(
             tokens, learned = encoded
             turns = [i for i, token in enumerate(tokens) if token == tokenizer.role_tokens["assistant"]]
             first = turns[-len(answers) :][0]
-            yield messages, tokens, [False] * first + learned[first:]  # answers in the prompt are not learned
+            learned[:first] = [False] * first  # answers in the prompt
+            yield Example(place, messages, tokens, learned)
 
 
-def to_messages(place: str, record: dict) -> tuple[list[dict], int]:
-    """A record as messages of "role" and "content", and how many of them, at the beginning, are prompt only.
+def preview(config: Config, sources: list[Source], tokenizer: Tokenizer) -> None:
+    """Print the first conversations of each source as they would be written, with marks on what is learned."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    begin, end = ("\033[32m", "\033[0m") if colour else ("«", "»")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not in UTF-8
+    for source in sources:
+        counts = dict.fromkeys(COUNTED, 0)
+        for example in islice(examples(source, tokenizer, config.block_size, counts), config.preview):
+            print(f"--- {example.place}: {sum(example.learned):,} of {len(example.tokens):,} tokens are learned")
+            print(marked(example, tokenizer, begin, end), end="\n\n")
+        print(told(counts, config))
+    print(f"preview only, what is learned {'in green' if colour else 'between « and »'}: {config.out} was not written")
 
-    Raises `UserError`, naming the record, where it has no known layout.
+
+def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
+    """A conversation's tokens as text, special tokens by their names, what is learned between two marks.
+
+    Text that looks like a special token or a mark, what a terminal may take for a command, and bytes that are no UTF-8
+    show as escapes.
     """
-    fields = {name: value for name, value in record.items() if value is not None}
-    for name in ("messages", "conversations"):
-        if name in fields:
-            return as_messages(place, name, fields[name]), 0
-    if "prompt" in fields and "completion" in fields:
-        prompt = as_messages(place, "prompt", fields["prompt"], role="user")
-        return prompt + as_messages(place, "completion", fields["completion"], role="assistant"), len(prompt)
-    has = f"its fields are {', '.join(record)}" if record else "it has no fields"
-    check("instruction" in fields, f"{place}: no known layout: {has}; known are {LAYOUTS}")
-    instruction = field(place, record, "instruction")
-    context = field(place, record, "context", "input", optional=True)
-    response = field(place, record, "response", "output")
-    question = f"{instruction}\n\n{context}" if context else instruction
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}], 0
 
+    def shown(c: str) -> str:
+        return c if (c.isprintable() and c not in (begin, end)) or c in "\n\t" else c.encode("unicode_escape").decode()
 
-def as_messages(place: str, name: str, value: Any, role: str | None = None) -> list[dict]:
-    """The messages in a field: a list of them, or a text of this role."""
-    if role is not None and isinstance(value, str):
-        return [{"role": role, "content": value}]
-    check(isinstance(value, list), f"{place}: {name} must be a list of messages")
-    return [as_message(f"{place}, message {number} of {name}", item) for number, item in enumerate(value, start=1)]
+    def kind(pair: tuple[int, bool]) -> tuple[bool, bool]:
+        return pair[1], pair[0] >= tokenizer.end_of_text
 
-
-def as_message(place: str, item: Any) -> dict:
-    """A message of "role" and "content", or of ShareGPT's "from" and "value"."""
-    said = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
-    role = said.get("role", SHAREGPT_ROLES.get(str(said.get("from")), said.get("from")))
-    content = said.get("content", said.get("value"))
-    check(role in ROLES, f"{place}: role {role!r}; a message needs one of {', '.join(ROLES)}")
-    check(isinstance(content, str), f"{place}: a message needs a content in text, not {type(content).__name__}")
-    return {"role": role, "content": content}
-
-
-def field(place: str, record: dict, *names: str, optional: bool = False) -> str:
-    """The text in the first of these fields that the record has."""
-    value = next((record[name] for name in names if record.get(name) is not None), "" if optional else None)
-    if not isinstance(value, str):
-        fields = ", ".join(map(str, record))
-        raise UserError(f"{place}: no text in field {' or '.join(map(repr, names))}; the record has: {fields}")
-    return value
+    text = ""
+    for (learned, special), run in groupby(zip(example.tokens, example.learned, strict=True), kind):
+        piece = b"".join(tokenizer.token_bytes(token) for token, _ in run).decode("utf-8", "backslashreplace")
+        if not special:
+            piece = "".join(map(shown, piece)).replace("<|", "\\x3c|")
+        text += f"{begin}{piece}{end}" if learned else piece
+    return text.replace(end + begin, "")
 
 
 def check_splits(splits: dict[str, Conversations], config: Config, counts: dict) -> None:
@@ -214,14 +270,20 @@ def write_split(folder: Path, name: str, split: Conversations) -> dict:
     }
 
 
-def summarise(config: Config, manifest: dict, counts: dict) -> None:
-    for name, split in manifest.items():
-        learned = f"{split['learned_tokens']:,} of {split['tokens']:,} tokens are learned"
-        print(f"{name}: {split['documents']:,} conversations, {learned}")
-    print(
+def told(counts: dict, config: Config) -> str:
+    return (
         f"{counts['records']:,} records, {counts['shortened']} of them shortened to {config.block_size} tokens; not"
         f" kept are {counts['dropped']} with an answer longer than that and {counts['skipped_empty']} with an empty one"
     )
+
+
+def summarise(config: Config, sources: list[Source], manifest: dict, counts: dict) -> None:
+    for source in sources if config.mix else ():
+        print(f"{source.label}: {source.conversations:,} conversations, {source.learned_tokens:,} learned tokens")
+    for name, split in manifest.items():
+        learned = f"{split['learned_tokens']:,} of {split['tokens']:,} tokens are learned"
+        print(f"{name}: {split['documents']:,} conversations, {learned}")
+    print(told(counts, config))
     own = f" --init RUN --data {shlex.quote(str(config.out))} --run {config.out.name}"
     print(f"-> {config.out}; next: python finetune.py{'' if config.out == Config.out else own}")
 

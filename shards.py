@@ -38,7 +38,12 @@ INCOMPLETE = "incomplete.json"  # in a folder that is being written; holds what 
 
 def is_validation(document: bytes, val_fraction: float) -> bool:
     """Whether a document belongs to the validation split: its own hash decides, so added data never moves it across."""
-    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") < val_fraction * 2**64
+    return is_chosen(document, val_fraction)
+
+
+def is_chosen(document: bytes, fraction: float, salt: bytes = b"") -> bool:
+    """Whether a document is among a fraction of all, by its own hash; another salt chooses independently."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8, salt=salt).digest(), "big") < fraction * 2**64
 
 
 def open_output(folder: Path, description: dict) -> dict | None:

@@ -3,7 +3,12 @@
 import gzip
 import hashlib
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import error_of
+from conftest import ROOT, error_of
 
 from shards import INCOMPLETE
 from tokenizer import load_tokenizer
@@ -324,6 +329,162 @@ def test_what_is_shortened_and_left_out_is_counted_and_said(prepare, tmp_path):
     assert re.search(r"\b1 .*shortened to 100 tokens.*\b2 .*longer.*\b3 .*empty", said)
 
 
+# ---- several sources -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mix(run_script, tmp_path):
+    """Run the script on sources with weights; "a" and "b" have 300 conversations each, of which 100 are the same."""
+    for name, numbers in (("a", range(300)), ("b", range(200, 500))):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{i}?", "completion": "Yes."} for i in numbers])
+
+    def run(*items: str, out: str = "out", expect: int = 0, **options):
+        flags = ("--tokenizer", "bytes", "--val_fraction", 0.2, "--out", out)
+        return run_script(SCRIPT, "--mix", *items, *flags, expect=expect, **options)
+
+    return run
+
+
+def times(folder: Path, split: str) -> Counter[int]:
+    """How often each number's conversation is in a split."""
+    texts = [marked(*conversation) for conversation in encoded(folder, split)]
+    return Counter(int(re.fullmatch(r"<\|endoftext\|><\|user\|>(\d+)\?.*", text)[1]) for text in texts)
+
+
+def test_weights_say_how_often_a_conversation_is_trained_on(mix, tmp_path):
+    done = mix("a.jsonl=2.5", "b.jsonl=0.5")
+    train, val = times(tmp_path / "out", "train"), times(tmp_path / "out", "val")
+    assert not train.keys() & val.keys() and set(val.values()) == {1}
+    ranges = (range(200), range(200, 300), range(300, 500))
+    alone, both, other = ([train[i] for i in numbers if i not in val] for numbers in ranges)
+    assert set(alone) == {2, 3} and alone.count(3) / len(alone) == pytest.approx(0.5, abs=0.15)
+    assert set(other) == {0, 1} and other.count(1) / len(other) == pytest.approx(0.5, abs=0.15)
+    assert set(both) == {2, 4}  # the same hash decides about the third time and about the half
+    assert 0.1 < sum(i < 300 for i in val) / 300 < 0.3  # each conversation of the first source, as without weights
+    described = meta(tmp_path / "out")["source"]["mix"]
+    assert [(part["weight"], part["files"][0]["file"]) for part in described] == [(2.5, "a.jsonl"), (0.5, "b.jsonl")]
+    of_a = sum(alone) + sum(both) - both.count(4) + sum(i < 300 for i in val)
+    of_b = sum(train.values()) + sum(val.values()) - of_a
+    for label, n in {"a.jsonl=2.5": of_a, "b.jsonl=0.5": of_b}.items():
+        assert f"{label}: {n:,} conversations, {n * len('Yes.!'):,} learned tokens\n" in done.stdout
+
+
+def test_more_data_never_changes_what_was_chosen(mix, tmp_path):
+    mix("a.jsonl=0.5", out="before")
+    mix("b.jsonl=1", "a.jsonl=0.5", out="after")
+    for split in SPLITS:
+        before, after = (times(tmp_path / out, split) for out in ("before", "after"))
+        assert {i for i in before if i < 200} == {i for i in after if i < 200}
+
+
+def test_weight_one_is_the_plain_case(mix, run_script, tmp_path):
+    mix("a.jsonl=1")
+    run_script(SCRIPT, "--files", "a.jsonl", "--tokenizer", "bytes", "--val_fraction", 0.2, "--out", "plain")
+    for split in SPLITS:
+        assert encoded(tmp_path / "out", split) == encoded(tmp_path / "plain", split)
+    assert mix("a.jsonl=1").stdout == "out is already complete.\n"
+    assert "out already holds another dataset (the source is another)" in error_of(mix("a.jsonl=2", expect=2))
+
+
+def test_files_and_a_hub_dataset_are_mixed(mix, tmp_path):
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "train.jsonl", [{"prompt": "7000?", "completion": "No."}])
+    write_jsonl(tmp_path / "files" / "test.jsonl", [{"prompt": f"{i}?", "completion": "Yes."} for i in range(900, 940)])
+    with hub.serve(tmp_path / "files") as address:
+        there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        mix("a.jsonl=1", "some/chats::test=3", env=there)
+    train, val = times(tmp_path / "out", "train"), times(tmp_path / "out", "val")
+    assert {train[i] for i in range(900, 940) if i not in val} == {3} and 7000 not in train | val
+    described = meta(tmp_path / "out")["source"]["mix"][1]
+    assert described == {"weight": 3, "dataset": "some/chats", "name": None, "revision": hub.REVISION, "split": "test"}
+
+
+def test_finetuning_takes_a_mix(mix, run_script, pretrained, tmp_path):
+    mix("a.jsonl=2.5", "b.jsonl=0.5")
+    flags = ("--init", pretrained, "--data", "out", "--run", tmp_path / "run", "--steps", 2, "--batch_tokens", 256)
+    assert "step 2" in run_script("finetune.py", *flags, "--micro_batch_size", 2).stdout
+
+
+WEIGHT = "give it as SOURCE=WEIGHT, the weight above 0 and up to 100"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.jsonl"], f"--mix a.jsonl: {WEIGHT}"),
+        (["a.jsonl=1", "a.jsonl=0"], f"--mix a.jsonl=0: {WEIGHT}"),
+        (["a.jsonl=nan"], f"--mix a.jsonl=nan: {WEIGHT}"),
+        (["a.jsonl=-1"], f"--mix a.jsonl=-1: {WEIGHT}"),
+        (["a.jsonl=1000"], f"--mix a.jsonl=1000: {WEIGHT}"),
+        (["=1"], f"--mix =1: {WEIGHT}"),
+        (["gone/a.jsonl=1"], "--mix gone/a.jsonl: no such file"),
+        (["*.txt=1"], "--mix *.txt: no such file"),
+        (
+            ["a.jsonl=1", "--files", "b.jsonl"],
+            "--files, --mix and --dataset with --name and --split",
+        ),
+        (["a.jsonl=1", "--split", "test"], "--files, --mix and --dataset with --name and --split"),
+    ],
+)
+def test_a_mix_that_cannot_be_used(mix, tmp_path, arguments, message):
+    assert error_of(mix(*arguments, expect=2)).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- preview -------------------------------------------------------------------------------------------------------
+
+
+def test_preview_shows_what_would_be_written(prepare, tmp_path):
+    records = [{"prompt": f"{i}? ä👍", "completion": f"Yes, {i}.\n\tß"} for i in range(3)]
+    done = prepare(records, preview=2)
+    shown = "<|endoftext|><|user|>{}? ä👍<|end|><|assistant|>«Yes, {}.\n\tß<|end|>»\n"
+    for i in range(2):
+        figures = f"--- chat.jsonl line {i + 1}: 12 of 25 tokens are learned\n"
+        assert figures + shown.format(i, i) in done.stdout
+    assert "2? " not in done.stdout and done.stderr == ""
+    assert done.stdout.endswith("preview only, what is learned between « and »: out was not written\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_preview_shows_the_tokens_of_gpt2(prepare, gpt2_tokenizer):
+    """Characters that are several tokens, which are not text alone."""
+    done = prepare([{"prompt": "ᚠᛇᚻ 🦜 日本語", "completion": "🦜ᛦ"}], preview=1, tokenizer="gpt2")
+    assert "<|user|>ᚠᛇᚻ 🦜 日本語<|end|><|assistant|>«🦜ᛦ<|end|>»\n" in done.stdout
+
+
+def test_preview_sends_no_commands_to_the_terminal(prepare):
+    """Nor does text pass for a special token or for a mark."""
+    record = {"prompt": "\x1b[2J\x07\r\u202e«a»<|end|>", "completion": "\x9b31m»"}
+    done = prepare([record], preview=1)
+    shown = r"<|user|>\x1b[2J\x07\r\u202e\xaba\xbb\x3c|end|><|end|><|assistant|>«\x9b31m\xbb<|end|>»"
+    assert shown + "\n" in done.stdout
+
+
+def test_preview_shows_shortened_conversations_as_they_are_learned(prepare):
+    """Cut in the middle of a character, too."""
+    done = prepare([{"prompt": "ä" * 60, "completion": "Yes."}], preview=1, block_size=64)
+    assert f"<|user|>{'ä' * 27}\\xc3<|end|><|assistant|>«Yes.<|end|>»\n" in done.stdout
+    assert "1 records, 1 of them shortened to 64 tokens" in done.stdout
+
+
+def test_preview_of_a_mix_shows_every_source(mix):
+    done = mix("a.jsonl=1", "b.jsonl=2", "--preview", "1")
+    assert "--- a.jsonl line 1: " in done.stdout and "--- b.jsonl line 1: " in done.stdout
+
+
+@pytest.mark.parametrize(("no_color", "marks"), [("", "\x1b[32mYes.<|end|>\x1b[0m"), ("1", "«Yes.<|end|>»")])
+def test_preview_is_in_colour_on_a_terminal(tmp_path, no_color, marks):
+    write_jsonl(tmp_path / "chat.jsonl", [{"prompt": "«Who?»", "completion": "Yes."}])
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / SCRIPT), "--files", "chat.jsonl", "--tokenizer", "bytes", "--preview", "1"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"NO_COLOR": no_color}, stdout=theirs, check=True)
+    os.close(theirs)
+    text = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert f"<|assistant|>{marks}\r\n" in text
+    assert ("«Who?»" in text) == (no_color == "")
+
+
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +545,8 @@ def test_a_source_with_too_little(prepare, records, message):
     [
         ({"val_fraction": 0}, "--val_fraction is 0.0: it must be above 0 and at most 0.5"),
         ({"val_fraction": "nan"}, "--val_fraction is nan: it must be above 0 and at most 0.5"),
+        ({"preview": 0}, "--preview is 0: it must be at least 1"),
+        ({"split": "test"}, "--files, --mix and --dataset with --name and --split"),
         ({"block_size": 15}, "--block_size is 15: it must be at least 16"),
         ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3'"),
         ({"files": "text.txt"}, "--files text.txt: no such file"),
