@@ -69,7 +69,6 @@ class Config:
 class Source:
     """Where conversations come from, how often each of them is taken, and what that gave."""
 
-    label: str
     data: FileSource | HubSource
     weight: float = 1.0
     conversations: int = 0
@@ -134,8 +133,8 @@ def open_sources(config: Config) -> list[Source]:
     if config.mix:
         return [open_weighted(item) for item in config.mix]
     if config.files:
-        return [Source("files", FileSource(expand(config.files, KINDS), text_field=None))]
-    return [Source("hub", HubSource(config.dataset, config.name, split=config.split))]
+        return [Source(FileSource(expand(config.files, KINDS), text_field=None))]
+    return [Source(HubSource(config.dataset, config.name, split=config.split))]
 
 
 def open_weighted(item: str) -> Source:
@@ -145,8 +144,8 @@ def open_weighted(item: str) -> Source:
     check(bool(name) and 0 < weight <= 100, f"--mix {item}: give it as SOURCE=WEIGHT, the weight above 0 and up to 100")
     on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?", name)
     if on_hub is None or Path(name).exists() or kind_of(Path(name)) in KINDS:
-        return Source(item, FileSource(expand([name], KINDS, "--mix"), text_field=None), weight)
-    return Source(item, HubSource(on_hub[1], on_hub[2] or None, split=on_hub[3] or "train"), weight)
+        return Source(FileSource(expand([name], KINDS, "--mix"), text_field=None), weight)
+    return Source(HubSource(on_hub[1], on_hub[2] or None, split=on_hub[3] or "train"), weight)
 
 
 def describe(config: Config, tokenizer: Tokenizer, sources: list[Source]) -> dict:
@@ -278,8 +277,8 @@ def told(counts: dict, config: Config) -> str:
 
 
 def summarise(config: Config, sources: list[Source], manifest: dict, counts: dict) -> None:
-    for source in sources if config.mix else ():
-        print(f"{source.label}: {source.conversations:,} conversations, {source.learned_tokens:,} learned tokens")
+    for item, source in zip(config.mix, sources, strict=False):  # a single source needs no line of its own
+        print(f"{item}: {source.conversations:,} conversations, {source.learned_tokens:,} learned tokens")
     for name, split in manifest.items():
         learned = f"{split['learned_tokens']:,} of {split['tokens']:,} tokens are learned"
         print(f"{name}: {split['documents']:,} conversations, {learned}")

@@ -35,6 +35,8 @@ def expand(patterns: Sequence[str], kinds: Sequence[str], flag: str = "--files")
         for path in map(Path, found):
             inside = files_below(path, kinds) if path.is_dir() else [path]
             check(bool(inside), f"{flag} {path}: no file in this folder ends in {known}")
+            if path.is_dir():
+                print(f"{path}: {len(inside):,} file{'s' if len(inside) > 1 else ''}")
             files += inside
     for file, times in Counter(files).items():
         check(file.is_file(), f"{flag} {file}: not a file")
@@ -46,10 +48,7 @@ def expand(patterns: Sequence[str], kinds: Sequence[str], flag: str = "--files")
 def files_below(folder: Path, kinds: Sequence[str]) -> list[Path]:
     """All files of these kinds in a folder and its folders, hidden ones left out, in alphabetical order."""
     paths = sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
-    files = [path for path in paths if kind_of(path) in kinds and not path.is_dir()]
-    if files:
-        print(f"{folder}: {len(files):,} file{'s' if len(files) > 1 else ''}")
-    return files
+    return [path for path in paths if kind_of(path) in kinds and not path.is_dir()]
 
 
 def kind_of(file: Path) -> str:
@@ -98,14 +97,12 @@ def read_files(files: Sequence[Path], text_field: str | None = "text") -> Iterat
     """
     for file in files:
         kind = kind_of(file)
-        if kind == ".jsonl":
-            yield from read_jsonl(file)
-        elif kind == ".json":
-            yield from read_json(file)
+        if kind == ".txt":
+            yield from read_txt(file, text_field or "text")
         elif kind == ".parquet":
             yield from read_parquet(file, text_field)
         else:
-            yield from read_txt(file, text_field or "text")
+            yield from (read_json if kind == ".json" else read_jsonl)(file)
 
 
 def read_jsonl(file: Path) -> Iterator[Record]:

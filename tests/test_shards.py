@@ -21,6 +21,7 @@ from shards import (
     INCOMPLETE,
     ShardWriter,
     close_output,
+    is_chosen,
     is_validation,
     open_array,
     open_arrays,
@@ -109,6 +110,8 @@ def test_validation_is_a_matter_of_the_document_alone():
         assert len(chosen_at) / len(documents) == pytest.approx(fraction, abs=4 * (fraction / len(documents)) ** 0.5)
     # the same on every machine and in every version: a document that moved would have been trained on
     assert [i for i in range(20) if is_validation(documents[i], 0.5)] == [0, 1, 2, 6, 7, 9, 11, 15]
+    salted = {document for document in chosen[0.5] if is_chosen(document, 0.5, salt=b"mix")}
+    assert len(salted) / len(chosen[0.5]) == pytest.approx(0.5, abs=0.1)  # independent of the choice without
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------
