@@ -44,7 +44,7 @@ def prepare(run_script, tmp_path):
     def run(records: list[dict], expect: int = 0, filling: bool = True, **flags):
         write_jsonl(tmp_path / "chat.jsonl", records + RECORDS * filling)
         flags = {"files": "chat.jsonl", "tokenizer": "bytes", "out": "out", "val_fraction": 0.2} | flags
-        arguments = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        arguments = [word for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
         return run_script(SCRIPT, *arguments, expect=expect)
 
     return run
@@ -384,6 +384,14 @@ def test_weight_one_is_the_plain_case(mix, run_script, tmp_path):
         assert encoded(tmp_path / "out", split) == encoded(tmp_path / "plain", split)
     assert mix("a.jsonl=1").stdout == "out is already complete.\n"
     assert "out already holds another dataset (the source is another)" in error_of(mix("a.jsonl=2", expect=2))
+
+
+def test_without_a_mix_repeated_records_stay(prepare, tmp_path):
+    """As they always did; in a mix, validation has each conversation once."""
+    prepare(RECORDS)
+    prepare(RECORDS, mix="chat.jsonl=1", files=None, out="mixed")
+    plain, mixed = (Counter(map(str, encoded(tmp_path / out, "val"))) for out in ("out", "mixed"))
+    assert set(plain.values()) == {2} and set(mixed.values()) == {1} and plain.keys() == mixed.keys()
 
 
 def test_files_and_a_hub_dataset_are_mixed(mix, tmp_path):

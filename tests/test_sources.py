@@ -62,7 +62,7 @@ def test_globs_are_sorted_and_arguments_keep_their_order(folder):
 
 def test_a_folder_is_all_its_files_of_known_kinds(folder, capsys):
     names = ["books/a.txt", "books/b/c.jsonl.zst", "books/b/d.txt.gz", "books/e.parquet"]
-    for name in [*reversed(names), "books/f.md", "books/.hidden.txt", "books/.git/g.txt", "books/h.txt.d/i.md"]:
+    for name in [*reversed(names), "books/f.md", "books/.hidden.txt", "books/.git/g.txt", "books/h.txt/i.md"]:
         write(name)
     write("elsewhere/j.txt")
     Path("books/k").symlink_to("../elsewhere")
