@@ -45,7 +45,7 @@ class Config:
     hellaswag: bool = True
     """Ask HellaSwag's questions."""
     files: tuple[str, ...] = ()
-    """HellaSwag's examples in local .jsonl files instead of the hub's Rowan/hellaswag."""
+    """HellaSwag's examples in local .jsonl or .parquet files instead of the hub's Rowan/hellaswag."""
     max_examples: int | None = None
     """Only so many of the examples; None takes all."""
     micro_batch_size: int = 8

@@ -83,7 +83,7 @@ def load_hellaswag(files: Sequence[str], tokenizer: Tokenizer, max_examples: int
     Raises `UserError`: files or hub out of reach, or a record that is no example.
     """
     if files:
-        records = FileSource(expand(files, (".jsonl",))).records()
+        records = FileSource(expand(files, (".jsonl", ".parquet")), text_field=None).records()
     else:
         records = HubSource("Rowan/hellaswag", None, split="validation").records()
     choices = []

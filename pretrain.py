@@ -75,7 +75,7 @@ class Config:
     hellaswag_every: int | None = None
     """Steps between two times that HellaSwag is asked, as evaluate.py does; None never asks."""
     hellaswag_files: tuple[str, ...] = ()
-    """HellaSwag's examples in local .jsonl files instead of the hub's Rowan/hellaswag."""
+    """HellaSwag's examples in local .jsonl or .parquet files instead of the hub's Rowan/hellaswag."""
     sample_every: int | None = None
     """Steps between two times that the model goes on from --sample_prompts, into the log; None never does."""
     sample_prompts: tuple[str, ...] = ("Once upon a time", "The water cycle begins", "The capital of France is")

@@ -296,6 +296,9 @@ def test_the_card_names_hub_datasets_and_their_licences(finetuned):
     card = model_card(loaded)
     assert "HuggingFaceFW/fineweb-edu/sample-10BT at revision 0123456789ab" in card
     assert "ODC-By 1.0" in card and "CC BY-SA 3.0" in card
+    loaded.history[1]["source"] = {"mix": [{"weight": 2.0} | edu, {"weight": 0.5, "files": [{"file": "a/mine.jsonl"}]}]}
+    mixed = model_card(loaded)
+    assert "2 x HuggingFaceFW/fineweb-edu/sample-10BT" in mixed and "0.5 x local files: mine.jsonl" in mixed
     from huggingface_hub import ModelCard
 
     assert ModelCard(card).data.datasets == [edu["dataset"], dolly["dataset"]]
