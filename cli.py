@@ -4,7 +4,9 @@ how far it is."""
 import errno
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,9 +25,13 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
     Exit codes: 0 done, 2 a mistake that one line on stderr explains, 130 interrupted by Ctrl-C.  Anything else is a bug
     and keeps its traceback.
     """
+    # tyro itself looks at stdout alone, and not at what https://no-color.org asks for
+    tyro._experimental_options["ansi_codes"] = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     try:
         try:
-            main(tyro.cli(config_class, description=description, use_underscores=True))
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(manual(description or ""), end="\n\n")  # tyro would join its lines
+            main(tyro.cli(config_class, description="", use_underscores=True))
         finally:
             sys.stdout.flush()  # here, where a reader that went away is no error, and not when the interpreter ends
     except UserError as error:
@@ -44,6 +50,14 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
             raise
         fix = ": free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         fail(f"{error.filename or 'file system'}: {error.strerror}{fix}")
+
+
+def manual(text: str) -> str:
+    """A script's docstring for the screen: as it stands, but for paragraphs that are too wide for it."""
+    width = shutil.get_terminal_size().columns
+    parts = text.strip().split("\n\n")
+    fits = [part.startswith(" ") or max(map(len, part.splitlines())) <= width for part in parts]
+    return "\n\n".join(part if fit else textwrap.fill(part, width) for part, fit in zip(parts, fits, strict=True))
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -75,13 +89,17 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"),
 
 
 class Progress:
-    """How far long work is: a bar on a terminal, a plain line every few seconds in a log file.
+    """How far long work is: a bar on a terminal, a plain line now and then in a log file.
+
+    The lines come ever more rarely, up to every ten minutes, so that those of the first minutes tell what happens and
+    those of days can still be read.
 
     Args:
         total: how many units the work has; None where nobody knows.
         unit: what is counted, "step" or "token".
         initial: how many were done before (a resumed run).
         enabled: False shows nothing (all processes but the first).
+        seconds: the pause between the first lines.
     """
 
     def __init__(self, total: int | None, unit: str, initial: int = 0, enabled: bool = True, seconds: float = 10.0):
@@ -98,10 +116,14 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(figures, refresh=False)
             self.bar.update(n)
-        elif self.enabled and (time.perf_counter() - self.printed > self.seconds or self.done == self.total):
+        elif self.enabled and (time.perf_counter() - self.printed > self.pause() or self.done == self.total):
             self.printed = time.perf_counter()
             of_total = f"/{self.total:,}" if self.total else ""
             print(f"{self.unit} {self.done:,}{of_total}  {figures}  {self.time_left()}".rstrip(), flush=True)
+
+    def pause(self) -> float:
+        """Seconds between two lines: `seconds` at first, then a hundredth of the time so far, at most ten minutes."""
+        return min(max(self.seconds, (time.perf_counter() - self.started) / 100), 600)
 
     def time_left(self) -> str:
         """The time that the rest takes at the speed so far, as "12:34 left"; empty where the total is unknown."""

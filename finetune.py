@@ -53,8 +53,7 @@ class Config:
     batch_tokens: int = 16_384
     """Tokens per step over all processes: packed rows, questions and padding counted."""
     micro_batch_size: int | None = None
-    """Rows that a process computes at once; the rest is gradient accumulation.  None takes what the run had before,
-    else the most that fit on the GPU, and on a CPU about 4,096 tokens."""
+    """Rows computed at once, gradients of the rest being added; None takes what the run had, else the most that fit."""
     lr: float = 1e-4
     """The highest learning rate."""
     warmup_fraction: float = 0.05

@@ -31,8 +31,7 @@ class Config:
     chat: bool = False
     """Hold a conversation of several turns."""
     checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id; None takes runs/dolly,
-    and runs/gpt2 where that is not there."""
+    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; None takes runs/dolly, else runs/gpt2."""
     raw: bool = False
     """Continue the prompt as plain text, even with a chat model."""
     system: str | None = None

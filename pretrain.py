@@ -56,8 +56,7 @@ class Config:
     batch_tokens: int = 524_288
     """Tokens per step over all processes."""
     micro_batch_size: int | None = None
-    """Rows that a process computes at once; the rest is gradient accumulation.  None takes what the run had before,
-    else the most that fit on the GPU, and on a CPU about 4,096 tokens."""
+    """Rows computed at once, gradients of the rest being added; None takes what the run had, else the most that fit."""
     lr: float = 6e-4
     """The highest learning rate."""
     warmup_fraction: float = 0.04

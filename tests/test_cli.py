@@ -1,21 +1,39 @@
 """What every script does alike: flags, mistakes in one line, progress, and an output that nobody reads any more."""
 
+import contextlib
 import dataclasses
 import errno
+import fcntl
 import importlib
 import io
+import itertools
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
+import typing
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TRAIN
 
 import cli
 from cli import Progress, UserError, check, check_range
 
-SCRIPTS = ("prepare_fineweb", "prepare_dolly", "prepare_sample", "pretrain", "finetune", "generate", "plot")
+SCRIPTS = (
+    "prepare_fineweb",
+    "prepare_dolly",
+    "prepare_sample",
+    "pretrain",
+    "finetune",
+    "generate",
+    "bench",
+    "plot",
+    "shards",
+    "checkpoint",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +152,50 @@ def test_values_in_range(value, bounds):
 def test_help_shows_every_flag_with_underscores(run_script, script):
     done = run_script(f"{script}.py", "--help", env={"COLUMNS": "120"})
     module = importlib.import_module(script)
+    flags = done.stdout.removeprefix(module.__doc__.strip())
+    assert flags != done.stdout  # the examples are shown as they stand in the script
     for flag in dataclasses.fields(module.Config):
-        assert re.search(rf"--(no_)?{flag.name}\b", done.stdout), flag.name
-    assert not re.search(r"--\w+-\w", done.stdout.replace(module.__doc__, ""))
-    assert module.__doc__.strip().split("\n")[0][:60] in done.stdout
-    assert not done.stderr
+        positional = "Positional" in str(flag.type) or typing.get_origin(flag.type) is typing.Annotated
+        assert re.search(rf"--(no_)?{flag.name}\b", flags) or positional, flag.name
+    assert not re.search(r"--\w+-\w", flags)
+    assert not done.stderr and "\x1b" not in done.stdout
+
+
+def test_help_fits_a_narrow_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "One line that is\nlonger than the screen on which it is read.\n\n    python it.py        # as it is\n"
+    assert cli.manual(text) == (
+        "One line that is longer than the screen\non which it is read.\n\n    python it.py        # as it is"
+    )
+
+
+def on_a_terminal(*command: object, **environment: str) -> str:
+    """What a script writes on a terminal of its own."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, *map(str, command)], os.environ | environment)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    written = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error
+        while piece := os.read(terminal, 65536):
+            written += piece
+    os.waitpid(process, 0)
+    return written.decode()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--mistyped"]])
+def test_colours_only_where_they_are_wanted(run_script, arguments):
+    script, environment = ROOT / "prepare_sample.py", {"TERM": "xterm"}
+    assert "\x1b[" in on_a_terminal(script, *arguments, **environment)
+    assert "\x1b[" not in on_a_terminal(script, *arguments, NO_COLOR="1", **environment)
+    done = run_script("prepare_sample.py", *arguments, expect=None, env=environment)
+    assert "\x1b[" not in done.stdout + done.stderr
+
+
+def test_a_whole_run_on_a_terminal_without_colour(text_data, tmp_path):
+    args = (ROOT / "pretrain.py", "--data", text_data, "--run", tmp_path / "run", *TRAIN)
+    written = on_a_terminal(*args, NO_COLOR="1", TERM="xterm")
+    assert "12/12" in written and "validation loss" in written and "\x1b" not in written
 
 
 @pytest.mark.parametrize("arguments", [["--vall_fraction", "0.1"], ["--shard_tokens", "many"], ["--max_tokens"]])
@@ -179,6 +236,19 @@ def test_a_log_file_gets_few_lines(clock, capsys):
     assert lines[0] == "step 1/100,000  loss 1  00:29 left"
     assert lines[-1] == "step 100,000/100,000  loss 5  00:00 left"
     assert sys.stderr.getvalue() == ""
+
+
+def test_days_of_work_stay_readable(clock, capsys):
+    """Three days of steps of a second each: often at first, never silent for much more than ten minutes."""
+    progress, times = Progress(3 * 86_400, "step"), []
+    for _ in range(3 * 86_400):
+        clock.now += 1
+        progress.update(1)
+        if capsys.readouterr().out:
+            times.append(clock.now - 1000)
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert len(times) < 1000 and max(pauses) <= 602
+    assert sum(time <= 600 for time in times) >= 50
 
 
 def test_time_left_is_what_the_rest_takes(clock):
