@@ -197,11 +197,12 @@ def test_answers_are_judged_on_what_the_assistant_says(finetuned, chat_data, run
 # ---- while training ------------------------------------------------------------------------------------------------
 
 
-def test_a_training_run_does_not_notice_that_it_is_judged(run_script, pretrained, text_data, questions, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_run_does_not_notice_that_it_is_judged(run_script, text_data, questions, tmp_path, processes):
     often = ("--hellaswag_every", 3, "--hellaswag_files", questions, "--sample_every", 4, "--dropout", 0.2)
     data = ("--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4)
-    done = run_script("pretrain.py", *data, "--run", "judged", *often)
-    run_script("pretrain.py", *data, "--run", "plain", "--dropout", 0.2)
+    done = run_script("pretrain.py", *data, "--run", "judged", *often, processes=processes)
+    run_script("pretrain.py", *data, "--run", "plain", "--dropout", 0.2, processes=processes)
     for name in ("model", "train_state"):
         file = f"step_000012/{name}.safetensors"
         assert (tmp_path / "runs/judged" / file).read_bytes() == (tmp_path / "runs/plain" / file).read_bytes()
