@@ -4,7 +4,7 @@
     python plot.py runs/demo runs/demo_chat --x hours --out demo.png
     python plot.py runs/lr_* --x steps                              # a sweep, beside each other
 
-The losses of a run's first hundredths may lie above the picture, so that the rest can be told apart.  The axis of the
+The losses of a run's first twentieth may lie above the picture, so that the rest can be told apart.  The axis of the
 losses is logarithmic where what is left spans more than a factor of 2, those of learning rate and speed where the runs
 are more than a factor of 10 apart.  Hours are those of the training steps, worked out from the tokens/s of each: the
 log keeps no clock, so validating, saving and pauses are not in them.
@@ -33,7 +33,7 @@ KEYS = ("loss", "val_loss", "lr", "tokens_per_s", "hellaswag", "hellaswag_norm")
 NOISY = ("loss", "tokens_per_s")
 TITLES = {"loss": "Training loss", "val_loss": "Validation loss", "lr": "Learning rate"}
 TITLES |= {"tokens_per_s": "Tokens per second", "hellaswag": "HellaSwag accuracy"}
-EARLY = 0.02  # the part of a run whose high losses may leave the picture, for the rest to be seen
+EARLY = 0.05  # the part of a run whose high losses may leave the picture, for the rest to be seen
 UNITS = {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "k"}
 Curves = dict[str, np.ndarray]  # of one run, by key: (2, n), x and y, which is NaN where a step was skipped
 
