@@ -1,7 +1,7 @@
 """Write with a model, or talk to it.
 
     python generate.py --prompt "Why is the sky blue?"              # runs/dolly if it is there, else runs/gpt2
-    python generate.py --chat                                       # a conversation in the terminal
+    python generate.py --chat                                       # a conversation in the terminal; /help there tells more
     python generate.py --checkpoint runs/gpt2 --prompt "The sea" --num_samples 4 --max_tokens 100
     python generate.py --checkpoint openai-community/gpt2 --prompt "The sea"
 
@@ -9,8 +9,12 @@ A model that was finetuned answers the prompt as a question; --raw continues it 
 always does.
 """
 
+import contextlib
+import json
+import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,10 +22,19 @@ import torch
 import checkpoint
 import cli
 from checkpoint import Loaded
-from cli import check
+from cli import UserError, check
 from inference import prepare
 from sampling import Sampling, answer_prompt, seeded, write
 from training import find_device
+
+HELP = """\
+/reset        forget the conversation; the system message stays
+/system TEXT  what the model is told before the conversation; without TEXT nothing
+/save FILE    append the conversation to a .jsonl file, as prepare_dolly.py --files reads it
+/exit         leave, as Ctrl-D does
+A line that ends in \\ goes on in the next one; a pasted text is one message, however many lines it has.
+Arrow up brings back what you typed before.  Ctrl-C stops an answer."""
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True)
@@ -107,14 +120,16 @@ class Writer:
     def __init__(self, config: Config, loaded: Loaded, device: torch.device):
         self.config, self.loaded, self.sampling = config, loaded, sampling(config)
         self.generator = seeded(config.seed, device)
+        self.warned = False
 
     def answer(self, messages: list[dict]) -> str:
         """Print the assistant's next message and return its text."""
         loaded, block_size = self.loaded, self.loaded.model.config.block_size
         prompt, left_out = answer_prompt(loaded.model, loaded.tokenizer, messages, self.config.max_tokens)
-        if left_out:
-            whole = len(prompt) + left_out
-            warn(f"the conversation has {whole} tokens, the context {block_size}: its oldest part is left out")
+        if left_out and not self.warned:
+            self.warned, whole = True, len(prompt) + left_out
+            much = f"{whole} tokens, too many for the context of {block_size} and an answer"
+            warn(f"the conversation has {much}: its oldest part is left out")
         return self.write(prompt)
 
     def go_on(self, text: str) -> None:
@@ -132,7 +147,7 @@ class Writer:
             echo: what to print before each sample.
 
         Returns:
-            the first sample's text.
+            the first sample's text; in a conversation at a terminal, Ctrl-C ends it there.
         """
         loaded, n = self.loaded, self.config.num_samples
         texts = [""] * n
@@ -145,28 +160,123 @@ class Writer:
                     show(pieces[0] or "")
         except KeyboardInterrupt:
             show("\n")
-            raise
+            if not (self.config.chat and sys.stdin.isatty()):
+                raise
+            return texts[0]
         show("\n" if n == 1 else "".join(f"--- sample {i}\n{echo}{text}\n" for i, text in enumerate(texts, 1)))
         return texts[0]
 
 
+class Conversation:
+    """What was said in the terminal, and the commands that steer it."""
+
+    def __init__(self, config: Config, writer: Writer):
+        self.writer, self.turns = writer, []
+        self.before = messages_before(config)
+        self.check_room(self.before)
+
+    def check_room(self, before: list[dict]) -> None:
+        """Raise `UserError` where a system message leaves no room for any conversation."""
+        answer_prompt(self.writer.loaded.model, self.writer.loaded.tokenizer, [*before, message("user", "?")], 1)
+
+    def say(self, text: str) -> None:
+        """Take a message of the user's: print the answer, remember both."""
+        question = message("user", text)
+        answer = self.writer.answer([*self.before, *self.turns, question])
+        self.turns += [question, message("assistant", answer)]
+
+    def obey(self, line: str) -> None:
+        """Carry out a command.  Raises `UserError` where it cannot be, with nothing changed."""
+        name, rest = [*line.split(maxsplit=1), ""][:2]
+        if name == "/help":
+            print(HELP)
+        elif name == "/reset":
+            self.turns, self.writer.warned = [], False
+            print("the conversation is forgotten" + ("; the system message stays" if self.before else ""))
+        elif name == "/system":
+            self.instruct(rest.rstrip())
+        elif name == "/save":
+            self.save(rest.rstrip())
+        else:
+            raise UserError(f"there is no command {name}: /help lists them; a space before the / sends it as a message")
+
+    def instruct(self, text: str) -> None:
+        """Set the system message, or take it away where there is no text."""
+        old, before = self.before, [message("system", text)] if text else []
+        self.check_room(before)
+        self.before = before
+        was = f"; it was: {old[0]['content']}" if old else ""
+        print(f"the system message is: {text}" if text else f"there is no system message now{was}")
+
+    def save(self, file: str) -> None:
+        """Append the conversation to a file, as a record that prepare_dolly.py reads."""
+        check(bool(file), "/save needs the name of a file: /save FILE.jsonl")
+        check(bool(self.turns), "there is nothing to save yet: say something first")
+        path, record = Path(os.path.expanduser(file)), {"messages": [*self.before, *self.turns]}
+        try:
+            with open(path, "a+b") as out:
+                if out.tell():  # another record is there: if it ends without a line break, it gets one
+                    out.seek(-1, os.SEEK_END)
+                    out.write(b"" if out.read() == b"\n" else b"\n")
+                out.write(json.dumps(record).encode() + b"\n")
+        except (OSError, ValueError) as error:  # ValueError: no name that a file can have
+            raise UserError(f"{path} could not be written: {getattr(error, 'strerror', error)}") from None
+        print(f"{len(record['messages'])} messages appended to {path}, as prepare_dolly.py --files reads them")
+
+
 def hold_conversation(config: Config, writer: Writer) -> None:
-    """Read, answer, and remember, until the input ends (Ctrl-D) or Ctrl-C."""
-    messages = messages_before(config)
-    print(f"{writer.loaded.source}: type, and press Enter; Ctrl-D or Ctrl-C ends the conversation")
+    """Read, obey or answer, and remember, until Ctrl-D, /exit, two Ctrl-C in a row or the end of the input."""
+    conversation, leaving = Conversation(config, writer), False
+    prepare_terminal()
+    print(f"{writer.loaded.source}: type, and press Enter; /help tells more, Ctrl-D ends the conversation")
     while True:
         try:
-            text = input("> ")
-        except (EOFError, KeyboardInterrupt):
+            text = read_message()
+            leaving = False
+            if text.strip() == "/exit":
+                return
+            if text.startswith("/"):
+                conversation.obey(text)
+            elif text.strip():
+                conversation.say(text)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except EOFError:
             print()
             return
-        if text.strip():
-            messages.append(message("user", text))
-            messages.append(message("assistant", writer.answer(messages)))
+        except KeyboardInterrupt:
+            print()
+            if not sys.stdin.isatty():
+                raise
+            if leaving:
+                return
+            leaving = True
+            print("Ctrl-C again, or Ctrl-D, ends the conversation")
+
+
+def prepare_terminal() -> None:
+    """Make `input` edit lines, recall them with the arrow keys, and take a pasted text of several lines as one."""
+    sys.stdin.reconfigure(errors="replace")  # what is no UTF-8 is no reason to end
+    with contextlib.suppress(ImportError):  # a Python built without it
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
+
+
+def read_message() -> str:
+    """A message: a line, or several where one ends in a backslash or several were pasted.  Raises `EOFError` where
+    there is none."""
+    lines = [input("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        with contextlib.suppress(EOFError):
+            lines.append(input("... "))
+    return "\n".join(lines)
 
 
 def show(text: str) -> None:
-    print(text, end="", flush=True)
+    """Print a part of a text; on a terminal without what would steer it, as untrained models write anything."""
+    print(text.translate(CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def warn(text: str) -> None:

@@ -139,6 +139,21 @@ def make_model(folder: Path, tokenizer: Tokenizer, chat: bool) -> Path:
     return folder / "step_000001"
 
 
+@pytest.fixture(scope="session")
+def chatterbox(tmp_path_factory) -> Path:
+    """A chat model that knows letters and spaces alone: it never ends its turn, and is slow enough to be watched."""
+    folder = tmp_path_factory.mktemp("chatterbox") / "step_000001"
+    tokenizer = load_tokenizer("bytes")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=512, vocab_size=tokenizer.chat_vocab_size, n_layer=8, n_head=4, n_embd=256))
+    silent = [token for token in range(tokenizer.chat_vocab_size) if token not in {32, *range(97, 113)}]  # a to p
+    with torch.no_grad():
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[silent] = -1.0  # against that bias: their logits are far below all others
+    checkpoint.save(folder, model, {}, {"step": 1, "tokenizer": "bytes"})
+    return folder
+
+
 def read_log(run: Path) -> list[dict]:
     """The rows of a run's log."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
