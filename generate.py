@@ -1,7 +1,7 @@
 """Write with a model, or talk to it.
 
     python generate.py --prompt "Why is the sky blue?"              # runs/dolly if it is there, else runs/gpt2
-    python generate.py --chat                                       # a conversation in the terminal; /help there tells more
+    python generate.py --chat                                       # a conversation in the terminal; see its /help
     python generate.py --checkpoint runs/gpt2 --prompt "The sea" --num_samples 4 --max_tokens 100
     python generate.py --checkpoint openai-community/gpt2 --prompt "The sea"
 

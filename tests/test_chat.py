@@ -27,7 +27,7 @@ class Terminal:
             command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=env, start_new_session=True
         )
         os.close(slave)
-        self.shown, self.read = "", 0
+        self.shown, self.read, self.pastes = "", 0, False
 
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
@@ -43,6 +43,7 @@ class Terminal:
                 except OSError:  # the other end is closed
                     piece = ""
                 assert piece, f"{pattern!r} was not shown before the end:\n{self.shown[self.read :]!r}"
+                self.pastes |= "\x1b[?2004h" in piece  # the terminal is asked to mark what is pasted
                 self.shown += re.sub(r"\x1b\[\?2004[hl]\r?|\r", "", piece)
         text = self.shown[self.read : self.read + found.end()]
         self.read += found.end()
@@ -90,6 +91,7 @@ SHORT = ("--max_tokens", 3, "--temperature", 0)
 def test_a_message_of_several_lines(terminal, chatterbox, tmp_path):
     """Pasted, or typed with backslashes: one message each; three lines without either would be three."""
     chat = terminal(chatterbox, *SHORT)
+    assert chat.pastes
     chat.type("\x1b[200~one\ntwo\nthree\x1b[201~")
     chat.until("three")
     chat.ask("!")
