@@ -19,13 +19,11 @@ from typing import Literal
 
 import torch
 
-import checkpoint
 import cli
 from checkpoint import Loaded
 from cli import UserError, check
-from inference import prepare
+from inference import load_prepared
 from sampling import Sampling, answer_prompt, seeded, write
-from training import find_device
 
 HELP = """\
 /reset        forget the conversation; the system message stays
@@ -71,12 +69,9 @@ class Config:
 
 def main(config: Config) -> None:
     check_config(config)
-    device = find_device(config.device)
-    check(config.quantize is None or device.type == "cpu", "--quantize is for CPUs: add --device cpu, or leave it out")
-    loaded = checkpoint.load(config.checkpoint)
+    loaded, device = load_prepared(config.checkpoint, config.device, config.dtype, config.quantize)
     check(loaded.chat or not config.chat, f"{loaded.source} is not a chat model: finetune it first, or use --prompt")
     check(config.system is None or (loaded.chat and not config.raw), "--system is for a chat model, and without --raw")
-    prepare(loaded.model, device, getattr(torch, config.dtype), config.quantize is not None)
     writer = Writer(config, loaded, device)
     if config.chat:
         hold_conversation(config, writer)
@@ -92,8 +87,6 @@ def check_config(config: Config) -> None:
     check(not (config.chat and config.prompt is not None), "--chat and --prompt exclude each other: type in the chat")
     check(not (config.chat and config.num_samples > 1), "--chat gives one answer: leave --num_samples out")
     check(not (config.chat and config.raw), "--chat and --raw exclude each other: a chat needs the chat format")
-    exact = config.dtype == "float32"
-    check(config.quantize is None or exact, "--quantize and --dtype exclude each other: 8-bit weights have no other")
     sampling(config)
     cli.check_range("num_samples", config.num_samples, 1)
     if config.seed is not None:
