@@ -1,12 +1,13 @@
-# make demo    a talking model from nothing, on a laptop CPU in minutes
-# make test    lint and tests
-# make soak    kill a training run two hundred times
+# make demo      a talking model from nothing, on a laptop CPU in minutes
+# make test      lint and tests
+# make soak      kill a training run two hundred times
+# make pictures  docs/chat.png: needs `make demo`, chromium and its driver
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak pictures clean
 
 # One stamp file per requirements file: make installs again when one has changed.
 $(VENV)/installed: requirements.txt
@@ -40,6 +41,9 @@ test: lint
 
 soak: $(VENV)/installed-dev
 	$(PY) tests/soak.py --kills 200
+
+pictures: $(VENV)/installed-dev
+	$(PY) tests/screenshot.py runs/demo_chat docs/chat.png
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

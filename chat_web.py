@@ -117,13 +117,15 @@ def chat_page(loaded: Loaded, device: torch.device) -> "gradio.Blocks":
     usual = Sampling()
     with gr.Blocks(title=loaded.source, fill_height=True, analytics_enabled=False) as page:
         with gr.Sidebar(position="right", open=False) as panel:
-            system = gr.Textbox(label="System message", placeholder="What the model is told first", lines=2)
+            system = gr.Textbox(
+                label="System message", placeholder="What the model is told first", lines=2, max_lines=4
+            )
             temperature = gr.Slider(0, 2, usual.temperature, label="Temperature", info="0: the likeliest", step=0.05)
             top_p = gr.Slider(0.05, 1, usual.top_p, label="Top p", info="1: all tokens", step=0.05)
             with gr.Row():
-                top_k = gr.Number(usual.top_k, label="Top k (0: all)", minimum=0, precision=0, min_width=80)
-                max_tokens = gr.Number(usual.max_tokens, label="Max tokens", minimum=1, precision=0, min_width=80)
-            seed = gr.Number(-1, label="Seed (-1: another each time)", minimum=-1, precision=0)
+                top_k = gr.Number(usual.top_k, label="Top k (0: all)", precision=0, min_width=80)
+                max_tokens = gr.Number(usual.max_tokens, label="Max tokens", precision=0, min_width=80)
+            seed = gr.Number(-1, label="Seed (-1: another each time)", precision=0)
         # On a phone the panel would hide the conversation: there it opens when it is asked for.
         page.load(None, None, panel, js="() => ({__type__: 'update', open: innerWidth > 768})")
         gr.ChatInterface(
@@ -157,11 +159,14 @@ def answer(
     try:
         sampling = Sampling(temperature, top_k or None, top_p, max_tokens or Sampling.max_tokens)
         prompt, left_out = answer_prompt(loaded.model, loaded.tokenizer, messages, sampling.max_tokens)
+        seed = -1 if seed is None else seed
+        cli.check_range("seed", seed, -1, 2**63 - 1)
     except UserError as error:
-        raise gr.Error(str(error)) from None
+        gr.Warning(html.escape(str(error)))  # not gr.Error: it leaves the page waiting for an answer
+        return
     if left_out and not answer_prompt(loaded.model, loaded.tokenizer, messages[:-2], sampling.max_tokens)[1]:
         gr.Info("The conversation has outgrown the model's context: from now on its oldest part is left out.")
-    generator = seeded(None if seed is None or seed < 0 else seed, device)
+    generator = seeded(None if seed == -1 else seed, device)
     text, shown = "", 0.0
     for [piece] in write(loaded.model, loaded.tokenizer, prompt, sampling, generator):
         text += piece or ""
