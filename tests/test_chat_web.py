@@ -147,6 +147,9 @@ def test_on_a_phone(page, served):
     page.open(served[0])
     box = page.until(lambda: next(b for b in page.find("textarea") if b.is_displayed()))
     assert box.rect["x"] >= 0 and box.rect["x"] + box.rect["width"] <= 390 and 700 < box.rect["y"] < 844
+    x, y = box.rect["x"] + box.rect["width"] / 2, box.rect["y"] + box.rect["height"] / 2
+    time.sleep(1)  # a panel that comes would have come
+    assert page.driver.execute_script("return document.elementFromPoint(arguments[0], arguments[1])", x, y) == box
     page.ask("talk")
     page.answer()
     assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
@@ -164,6 +167,17 @@ def test_the_conversation_goes_to_the_browser_escaped():
     assert not {"<", ">"} & set("".join(message.content[0].text for message in sent.root))
     back = chatbot.preprocess(sent)
     assert {message["role"]: message["content"][0]["text"] for message in back} == texts
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("display", [{"DISPLAY": ":0"}, {"WAYLAND_DISPLAY": "wayland-0"}, {}])
+def test_a_browser_is_opened_before_a_person_alone(monkeypatch, terminal, display):
+    import chat_web
+
+    monkeypatch.setattr(chat_web.os, "environ", display)
+    monkeypatch.setattr(chat_web.sys, "platform", "linux")
+    monkeypatch.setattr(chat_web.sys.stdout, "isatty", lambda: terminal)
+    assert chat_web.on_desktop() == (terminal and bool(display))
 
 
 def test_ctrl_c_ends_it(chatterbox):
