@@ -1,7 +1,7 @@
 # make demo      a talking model from nothing, on a laptop CPU in minutes
 # make test      lint and tests
 # make soak      kill a training run two hundred times
-# make pictures  docs/chat.png: needs `make demo`, chromium and its driver
+# make pictures  those in docs/: needs `make demo`, chromium and its driver
 
 PYTHON ?= python3
 VENV := .venv
@@ -43,6 +43,7 @@ soak: $(VENV)/installed-dev
 	$(PY) tests/soak.py --kills 200
 
 pictures: $(VENV)/installed-dev
+	$(PY) plot.py demo demo_chat --out docs/loss.png
 	$(PY) tests/screenshot.py runs/demo_chat docs/chat.png
 
 lint: $(VENV)/installed-dev

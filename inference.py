@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from checkpoint import Loaded, run_folder
+from checkpoint import Loaded
 from cli import check
 from model import GPT
 from training import find_device
@@ -78,14 +78,12 @@ def load_prepared(
 ) -> tuple[Loaded, torch.device]:
     """A model as the flags --checkpoint, --device, --dtype and --quantize describe it, prepared, and where it is.
 
-    Without a source it is runs/dolly, or runs/gpt2 where that is not there.  Raises `UserError`: there is no such model
-    or device, or the flags exclude each other.
+    Raises `UserError`: there is no such model or device, or the flags exclude each other.
     """
     exact = dtype == "float32"
     check(quantize is None or exact, "--quantize and --dtype exclude each other: 8-bit weights have no other")
     found = find_device(device)
     check(quantize is None or found.type == "cpu", "--quantize is for CPUs: add --device cpu, or leave it out")
-    source = source or ("runs/dolly" if checkpoint.checkpoints(run_folder("dolly")) else "runs/gpt2")
     loaded = checkpoint.load(source)
     prepare(loaded.model, found, getattr(torch, dtype), quantize is not None)
     return loaded, found
