@@ -127,8 +127,8 @@ def describe_hellaswag(found: dict, n: int) -> str:
         "hellaswag_norm_chars": "per character",
     }
     lines = [f"HellaSwag, {n:,} examples"]
-    lines += [f"    {names[key]:<28}{found[key]:>7.2%} ± {found[key + '_stderr']:.2%}" for key in names]
-    lines += [f"    {name + ', per token':<28}{accuracy:>7.2%}" for name, accuracy in YARDSTICKS.items()]
+    lines += [f"    {names[key]:<32}{found[key]:>7.2%} ± {found[key + '_stderr']:.2%}" for key in names]
+    lines += [f"    {name + ', per token':<32}{accuracy:>7.2%}" for name, accuracy in YARDSTICKS.items()]
     return "\n".join(lines)
 
 
