@@ -35,11 +35,9 @@ YARDSTICKS = {
 @dataclass(frozen=True)
 class Config:
     checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id; None takes runs/dolly,
-    and runs/gpt2 where that is not there."""
+    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; None takes runs/dolly, else runs/gpt2."""
     data: tuple[str, ...] | None = None
-    """Dataset folders, of text or of conversations; None takes those of data/fineweb_edu and data/dolly that are
-    there and fit the model."""
+    """Dataset folders of text or conversations; None takes data/fineweb_edu and data/dolly, if there and fitting."""
     max_tokens: int | None = None
     """Only so many tokens of a text's validation split, from its beginning; None takes all."""
     hellaswag: bool = True
@@ -112,11 +110,9 @@ def open_datasets(config: Config, loaded: Loaded) -> Iterator[TokenDataset | Cha
 
 
 def describe_loss(data: TokenDataset | ChatDataset, found: dict) -> str:
+    what = f"{'answers' if isinstance(data, ChatDataset) else 'text'} in {data.folder}"
     per_byte = f"   {found['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in found else ""
-    what = "answers in" if isinstance(data, ChatDataset) else "text in"
-    return (
-        f"{what} {data.folder!s:<24} loss {found['val_loss']:.4f} nats per token{per_byte}   {found['tokens']:,} tokens"
-    )
+    return f"{what:<32} loss {found['val_loss']:.4f} nats per token{per_byte}   {found['tokens']:,} tokens"
 
 
 def describe_hellaswag(found: dict, n: int) -> str:

@@ -58,8 +58,7 @@ LICENSES = {
 @dataclass(frozen=True)
 class Config:
     checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id; None takes runs/dolly,
-    and runs/gpt2 where that is not there."""
+    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; None takes runs/dolly, else runs/gpt2."""
     out: Path = Path("exported")
     """The folder to make."""
 
