@@ -63,14 +63,19 @@ def check_address(config: Config) -> None:
     """Raise `UserError` where no page can be at that host and port; warn where others can reach it."""
     cli.check_range("port", config.port, 1, 65535)
     try:
-        with socket.socket() as probe:
+        family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((config.host, config.port))
+            probe.bind(address)
+    except (socket.gaierror, UnicodeError):
+        raise UserError(
+            f"--host {config.host}: no such address; 127.0.0.1 is this machine, 0.0.0.0 is for all"
+        ) from None
     except OSError as error:
         raise UserError(
             f"--host {config.host} --port {config.port}: {error.strerror}; choose another --port, or end what uses this"
         ) from None
-    if not (config.host.startswith("127.") or config.host == "localhost"):
+    if not (config.host.startswith("127.") or config.host in ("localhost", "::1")):
         print(f"warning: whoever reaches port {config.port} of this machine can use the model", file=sys.stderr)
 
 
@@ -84,6 +89,7 @@ def serve(page: "gradio.Blocks", config: Config) -> None:
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
+        max_file_size=0,  # nobody sends files to this machine
         quiet=True,
         prevent_thread_lock=True,
     )
@@ -98,6 +104,8 @@ def serve(page: "gradio.Blocks", config: Config) -> None:
 def import_gradio() -> "gradio":
     """The library of the page, told to keep to itself."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    for name in ("NO_PROXY", "no_proxy"):  # it asks the page that it made whether it is there
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost,::1")))
     try:
         import gradio
     except ImportError:

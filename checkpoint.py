@@ -28,7 +28,7 @@ from torch import Tensor
 import cli
 from cli import Progress, UserError, check
 from files import flush, publish, read_json, sha256, write_json
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, hf_file
 from tokenizer import CHAT_TOKENS, TOKENIZERS, Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -243,17 +243,30 @@ def load(source: str | None) -> Loaded:
     size = model.config.vocab_size
     fitting = (name for name, t in TOKENIZERS.items() if size in (t.vocab_size, t.vocab_size + len(CHAT_TOKENS)))
     loaded = identify(model, load_tokenizer(next(fitting, "gpt2")), source, [{"source": source}])
-    if loaded.chat and (folder / "tokenizer.json").is_file():
-        check_special_tokens(folder / "tokenizer.json", loaded.tokenizer)
+    check_tokenizer(folder if folder.is_dir() else source, loaded)
     return loaded
 
 
-def check_special_tokens(file: Path, tokenizer: Tokenizer) -> None:
-    """Compare a Hugging Face tokenizer's special tokens with ours.  Raises `UserError`: it has another chat format."""
-    added = read_json(file).get("added_tokens", [])
-    found = {token.get("content"): token.get("id") for token in added if isinstance(token, dict)}
-    ours = {token: tokenizer.vocab_size + i for i, token in enumerate(CHAT_TOKENS)}
-    check(ours.items() <= found.items(), f"{file} has another chat format: it has no {', '.join(CHAT_TOKENS)}")
+def check_tokenizer(source: str | Path, loaded: Loaded) -> None:
+    """Compare the tokenizer.json of a Hugging Face folder or hub id, if it has one, with the tokenizer that its number
+    of tokens speaks for.  Raises `UserError` where they differ."""
+    try:
+        file = hf_file(source, "tokenizer.json")
+    except OSError:
+        return
+    described, tokenizer = read_json(file), loaded.tokenizer
+    try:
+        known = described["model"]["vocab"] | {token["content"]: token["id"] for token in described["added_tokens"]}
+    except (KeyError, TypeError):
+        raise UserError(f"{file} is damaged: it has no vocabulary") from None
+    # Tokens of visible ASCII alone, which the file writes as they are; the others it writes in a code of its own.
+    texts = ((tokenizer.text_bytes(token), token) for token in range(tokenizer.end_of_text))
+    ours = {text.decode(): token for text, token in texts if all(0x21 <= byte <= 0x7E for byte in text)}
+    check(
+        ours.items() <= known.items(), f"{source} has other tokens than {tokenizer.name}, which is the one known here"
+    )
+    special = {token: tokenizer.vocab_size + i for i, token in enumerate(CHAT_TOKENS)} if loaded.chat else {}
+    check(special.items() <= known.items(), f"{source} has another chat format: it has no {', '.join(CHAT_TOKENS)}")
 
 
 def identify(model: GPT, tokenizer: Tokenizer, source: str, history: list[dict]) -> Loaded:
@@ -277,7 +290,8 @@ def main(config: Config) -> None:
     """Print a line for each checkpoint.  Raises `UserError` where one is damaged, after all have been looked at."""
     folder = run_folder(config.folder) if run_folder(config.folder).is_dir() else Path(config.folder)
     check(folder.is_dir(), f"{folder}: no such folder; give a folder of runs, a run or a checkpoint")
-    found = [folder] if (folder / "meta.json").is_file() else checkpoints(folder)
+    found = [folder] if folder.name.startswith("step_") or (folder / "train_state.safetensors").is_file() else []
+    found = found or checkpoints(folder)
     found = found or [step for run in sorted(folder.iterdir()) for step in checkpoints(run)]
     check(bool(found), f"{folder} holds no checkpoints; give a folder of runs, a run or a checkpoint")
     taken = {best(run) for run in {step.parent for step in found} if checkpoints(run)}

@@ -2,6 +2,7 @@
 how far it is."""
 
 import errno
+import io
 import math
 import os
 import shutil
@@ -14,6 +15,9 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+# What a terminal may take for a command: control characters but for the end of a line and the tabulator.
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can put right.  The text is one line: the value, the rule, the fix."""
@@ -25,6 +29,8 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
     Exit codes: 0 done, 2 a mistake that one line on stderr explains, 130 interrupted by Ctrl-C.  Anything else is a bug
     and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not in UTF-8
     # tyro itself looks at stdout alone, and not at what https://no-color.org asks for
     tyro._experimental_options["ansi_codes"] = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     try:
@@ -58,6 +64,11 @@ def manual(text: str) -> str:
     parts = text.strip().split("\n\n")
     fits = [part.startswith(" ") or max(map(len, part.splitlines())) <= width for part in parts]
     return "\n\n".join(part if fit else textwrap.fill(part, width) for part, fit in zip(parts, fits, strict=True))
+
+
+def harmless(text: str) -> str:
+    """A text that a model or a stranger wrote, for a terminal: without what would steer it."""
+    return text.translate(CONTROLS)
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -10,6 +10,7 @@ and hours on a CPU, where `--max_examples 500` gives a first idea.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Literal
 import checkpoint
 import cli
 from checkpoint import Loaded
-from cli import Progress, check
+from cli import Progress, UserError, check
 from data import ChatDataset, TokenDataset
 from evaluation import hellaswag, load_hellaswag, validation
 from files import read_json
@@ -64,7 +65,7 @@ def main(config: Config) -> None:
         config.hellaswag or not (config.files or config.max_examples), "--no_hellaswag leaves nothing to ask of files"
     )
     if config.json is not None:
-        check(config.json.absolute().parent.is_dir(), f"--json {config.json}: there is no such folder")
+        config.json.open("a").close()  # where it cannot be written, better known now
     procs = start_processes(config.device, config.dtype, deterministic=False)
     loaded = checkpoint.load(config.checkpoint)
     datasets = list(open_datasets(config, loaded))
@@ -93,20 +94,27 @@ def main(config: Config) -> None:
 def open_datasets(config: Config, loaded: Loaded) -> Iterator[TokenDataset | ChatDataset]:
     """The dataset folders that are asked for, or those by the default names that fit the model.
 
-    Raises `UserError` where one is missing, damaged or of another tokenizer.
+    Raises `UserError` where one that is asked for is missing, damaged or does not fit.
     """
-    usual = ("data/fineweb_edu", *(["data/dolly"] if loaded.chat else []))
-    folders = config.data if config.data is not None else [folder for folder in usual if Path(folder).is_dir()]
-    for folder in folders:
-        meta = Path(folder, "meta.json")
-        kind = read_json(meta).get("kind") if meta.is_file() else "text"
-        data = (ChatDataset if kind == "chat" else TokenDataset)(folder, loaded.model.config.block_size)
-        ours, theirs = loaded.tokenizer.name, data.tokenizer.name
-        if config.data is None and ours != theirs:
-            continue
-        check(ours == theirs, f"--data {folder} has {theirs} tokens, and {loaded.source} knows {ours} tokens")
-        check(kind != "chat" or loaded.chat, f"--data {folder} has conversations, and {loaded.source} knows text alone")
-        yield data
+    usual = [folder for folder in ("data/fineweb_edu", "data/dolly") if Path(folder).is_dir()]
+    for folder in usual if config.data is None else config.data:
+        try:
+            yield open_dataset(folder, loaded)
+        except UserError as error:
+            if config.data is not None:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+
+
+def open_dataset(folder: str, loaded: Loaded) -> TokenDataset | ChatDataset:
+    """A dataset folder of either kind.  Raises `UserError` where it does not fit the model."""
+    meta = Path(folder, "meta.json")
+    chat = meta.is_file() and read_json(meta).get("kind") == "chat"
+    check(loaded.chat or not chat, f"--data {folder} has conversations, and {loaded.source} knows text alone")
+    data = (ChatDataset if chat else TokenDataset)(folder, loaded.model.config.block_size)
+    ours, theirs = loaded.tokenizer.name, data.tokenizer.name
+    check(ours == theirs, f"--data {folder} has {theirs} tokens, and {loaded.source} knows {ours} tokens")
+    return data
 
 
 def describe_loss(data: TokenDataset | ChatDataset, found: dict) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import Progress, UserError, check
+from cli import Progress, check
 from data import Dataset, TokenDataset, val_batches
 from model import GPT, IGNORE
 from sampling import Sampling, seeded, write
@@ -21,7 +21,10 @@ from sources import FileSource, HubSource, expand
 from tokenizer import Tokenizer
 from training import Processes, validate
 
+N_ENDINGS = 4  # in each example of HellaSwag
 HELLASWAG_BATCH = 16  # examples; always the same ones together, so that processes do not change the last bits
+
+LOGITS_ROWS = 1024  # of tokens whose logits are in memory at once
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------
@@ -97,20 +100,14 @@ def load_hellaswag(files: Sequence[str], tokenizer: Tokenizer, max_examples: int
 
 def read_choice(place: str, record: dict, tokenizer: Tokenizer) -> Choice:
     """One record in HellaSwag's columns.  Raises `UserError`, naming the record, where it is none."""
-    try:
-        context, endings, label = (
-            str(record["ctx"]),
-            [str(ending) for ending in record["endings"]],
-            int(record["label"]),
-        )
-    except (KeyError, TypeError, ValueError):
-        label, endings = -1, []
-    if not 0 <= label < len(endings) or not all(endings):
-        raise UserError(
-            f"{place}: no example of HellaSwag: it needs ctx, endings, and label, the number of the right one"
-        )
+    context, endings, label = (record.get(name) for name in ("ctx", "endings", "label"))
+    texts = [context, *endings] if isinstance(endings, list) else []
+    fits = len(texts) == 1 + N_ENDINGS and all(isinstance(text, str) for text in texts) and all(texts[1:])
+    fits = fits and str(label) in map(str, range(N_ENDINGS))
+    needs = f"it needs a text ctx, {N_ENDINGS} texts in endings, and label, the number of the right one from 0"
+    check(fits, f"{place}: no example of HellaSwag: {needs}")
     tokens = [tokenizer.encode(" " + ending) for ending in endings]
-    return Choice(tokenizer.encode(context), tokens, [len(ending) for ending in endings], label)
+    return Choice(tokenizer.encode(context), tokens, [len(ending) for ending in endings], int(label))
 
 
 @torch.no_grad()
@@ -123,12 +120,14 @@ def hellaswag(
         model: the raw model, in whatever mode.
 
     Returns:
-        hellaswag: accuracy by the whole ending's probability ("acc" of lm_eval).
+        hellaswag: accuracy by the whole ending's probability, which lm_eval calls "acc".
         hellaswag_norm: by its probability per token, as published for GPT-2.
-        hellaswag_norm_chars: by its probability per character ("acc_norm" of lm_eval).
+        hellaswag_norm_chars: by its probability per character, which lm_eval calls "acc_norm".
         and of each the standard error, `hellaswag_stderr` and so on.
+
+        The texts are the records' own; lm_eval's task "hellaswag" rewrites them before.
     """
-    losses = ending_losses(model, choices, tokenizer, procs, progress)  # (examples, endings)
+    losses = ending_losses(model, choices, tokenizer, procs, progress)  # (examples, 4)
     lengths = {
         "hellaswag": torch.ones_like(losses),
         "hellaswag_norm": torch.tensor([[len(ending) for ending in choice.endings] for choice in choices]),
@@ -146,21 +145,21 @@ def hellaswag(
 def ending_losses(
     model: GPT, choices: Sequence[Choice], tokenizer: Tokenizer, procs: Processes, progress: Progress | None = None
 ) -> Tensor:
-    """The loss of every ending in nats, summed over its tokens: (examples, endings) float64, on the CPU.
+    """The loss of every ending in nats, summed over its tokens: (examples, 4) float64, on the CPU.
 
     Examples of like length share a batch; the processes take turns with the batches.
     """
     rows = [[row_of(choice.context, ending, model, tokenizer) for ending in choice.endings] for choice in choices]
     order = sorted(range(len(rows)), key=lambda i: max(len(tokens) for tokens, _ in rows[i]))
     batches = [order[at : at + HELLASWAG_BATCH] for at in range(0, len(order), HELLASWAG_BATCH)]
-    losses = torch.zeros(len(rows), len(rows[0]), dtype=torch.float64)
+    losses = torch.zeros(len(rows), N_ENDINGS, dtype=torch.float64)
     training = model.training
     model.eval()
     for batch in batches[procs.rank :: procs.world_size]:
         with procs.autocast():
             losses[batch] = batch_losses(model, [row for i in batch for row in rows[i]], procs).view(len(batch), -1)
         if progress is not None:
-            progress.update(len(batch) * procs.world_size)
+            progress.update(min(len(batch) * procs.world_size, len(rows) - progress.done))
     model.train(training)
     return procs.sum(losses.to(procs.device)).cpu() if procs.world_size > 1 else losses
 
@@ -183,9 +182,10 @@ def batch_losses(model: GPT, rows: Iterable[tuple[list[int], int]], procs: Proce
         targets[i, end - n : end] = torch.tensor(tokens[-n:])
     inputs, targets = inputs.to(procs.device), targets.to(procs.device)
     at = targets != IGNORE
-    logits = model.logits(model.hidden(inputs)[at]).float()  # (tokens of all endings, V)
-    losses = F.cross_entropy(logits, targets[at], reduction="none").double().cpu()
-    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, at.nonzero()[:, 0].cpu(), losses)
+    hidden, targets = model.hidden(inputs)[at], targets[at]  # (tokens of all endings, C)
+    pieces = zip(hidden.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True)
+    losses = torch.cat([F.cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in pieces])
+    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, at.nonzero()[:, 0].cpu(), losses.double().cpu())
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------

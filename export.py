@@ -11,6 +11,7 @@ its training.  Every script here takes such a folder as --checkpoint or --init: 
 import json
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,8 @@ def main(config: Config) -> None:
     check(not taken, f"--out {config.out} is there already: delete it, or choose another")
     check(str(config.out) != ".", "--out is empty: name a folder")
     loaded = checkpoint.load(config.checkpoint)
-    temporary = config.out.with_name(config.out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{config.out.name}.", dir=config.out.parent))
     try:
         write_folder(temporary, loaded)
         publish(temporary, config.out)
@@ -98,8 +99,9 @@ def write_folder(folder: Path, loaded: Loaded) -> None:
     if loaded.chat:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (folder / "README.md").write_text(model_card(loaded))
+    folder.chmod(0o755)  # it was made for the owner alone, as safetensors' files are; a server may be somebody else
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes for the owner alone, and a server may be somebody else
+        file.chmod(0o644)
         flush(file)
 
 
@@ -169,6 +171,7 @@ def model_card(loaded: Loaded) -> str:
     from huggingface_hub import ModelCardData
 
     config, folder = loaded.model.config, Path(loaded.source)
+    folder = folder.resolve() if folder.is_dir() else folder
     name = folder.parent.name if folder.name.startswith("step_") else folder.name
     datasets = [dataset for training in loaded.history for dataset in hub_datasets(training["source"])]
     data = ModelCardData(

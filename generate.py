@@ -32,7 +32,6 @@ HELP = """\
 /exit         leave, as Ctrl-D does
 A line that ends in \\ goes on in the next one; a pasted text is one message, however many lines it has.
 Arrow up brings back what you typed before.  Ctrl-C stops an answer."""
-CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ def read_message() -> str:
 
 def show(text: str) -> None:
     """Print a part of a text; on a terminal without what would steer it, as untrained models write anything."""
-    print(text.translate(CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+    print(cli.harmless(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def warn(text: str) -> None:

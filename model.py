@@ -316,7 +316,7 @@ class GPT(nn.Module):
             FileNotFoundError: no such folder, and no such model within reach on the hub.
             ValueError: the files are damaged, or describe something other than a GPT-2.
         """
-        config_file, weights_file = _pretrained_files(source)
+        config_file, weights_file = (hf_file(source, name) for name in ("config.json", "model.safetensors"))
         try:
             config = _config_from_hf(json.loads(config_file.read_text()))
             if weights_file.stat().st_size < 2 * config.num_parameters:  # before memory is taken on the file's word
@@ -392,22 +392,20 @@ def _config_from_hf(config: dict) -> GPTConfig:
     return GPTConfig(block_size=config.get("n_positions", 1024), **shape)
 
 
-def _pretrained_files(source: str | Path) -> tuple[Path, Path]:
-    names = ("config.json", "model.safetensors")
+def hf_file(source: str | Path, name: str) -> Path:
+    """A file of a Hugging Face folder or a hub id, downloaded once.  Raises `FileNotFoundError` where it has none."""
     if Path(source).is_dir():
-        config_file, weights_file = (Path(source) / name for name in names)
-        for file in (config_file, weights_file):
-            if not file.is_file():
-                raise FileNotFoundError(f"{source} has no {file.name}: a Hugging Face GPT-2 folder has one")
-        return config_file, weights_file
+        file = Path(source) / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{source} has no {name}: a Hugging Face GPT-2 folder has one")
+        return file
     try:
         from huggingface_hub import hf_hub_download
 
-        config_file, weights_file = (Path(hf_hub_download(str(source), name)) for name in names)
+        return Path(hf_hub_download(str(source), name))
     except Exception as error:  # bad name, no such model, no network: the hub's client has a class for each
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(f"{source} is neither a folder nor a model on the hub: {reason}") from None
-    return config_file, weights_file
 
 
 def _weights_from_hf(model: GPT, file: Path) -> dict[str, Tensor]:

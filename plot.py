@@ -125,7 +125,8 @@ def draw_run(axes: dict[str, Axes], i: int, name: str, run: Curves, smooth: floa
     """The curves of run number `i`, each in its panel."""
     color, dashes, marker = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)]
     losses = shown(run, "val_loss", smooth)[1]
-    label = f"{name}: best validation loss {losses.min():.4f}" if len(losses) else name
+    label = " " + name.replace("$", r"\$")  # to Matplotlib $ begins a formula, and what begins with _ is hidden
+    label += f": best validation loss {losses.min():.4f}" if len(losses) else ""
     axes["loss"].plot([], [], color=color, linestyle=dashes, marker=marker, label=label)
     for key in run:
         axis, (x, y) = axes[key.removesuffix("_norm")], shown(run, key, smooth)

@@ -210,7 +210,6 @@ def preview(config: Config, sources: list[Source], tokenizer: Tokenizer) -> None
     """Print the first conversations of each source as they would be written, with marks on what is learned."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     begin, end = ("\033[32m", "\033[0m") if colour else ("«", "»")
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not in UTF-8
     for source in sources:
         counts = dict.fromkeys(COUNTED, 0)
         for example in islice(examples(source, tokenizer, config.block_size, counts), config.preview):

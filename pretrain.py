@@ -172,6 +172,9 @@ def check_judging(config: Config) -> None:
             cli.check_range(name, getattr(config, name), 1)
     asked = config.hellaswag_every is not None or not config.hellaswag_files
     cli.check(asked, "--hellaswag_files is for --hellaswag_every, which says how often it is asked")
+    asked = config.sample_every is not None or config.sample_prompts == Config.sample_prompts
+    cli.check(asked, "--sample_prompts is for --sample_every, which says how often they are gone on from")
+    cli.check(len(config.sample_prompts) > 0, "--sample_prompts is empty: give a text, or leave it out")
 
 
 def build(config: Config, data: TokenDataset, procs: Processes) -> tuple[GPT, torch.optim.Optimizer]:
@@ -220,8 +223,8 @@ def rehearse(config: Config, data: TokenDataset, rows: int, procs: Processes) ->
         duration = timedelta(seconds=round(config.steps * step))
         folder = run_folder(config.run)
         size, free = checkpoint_bytes(model), shutil.disk_usage(existing(folder)).free
-        need = (config.keep + 2) * size  # the newest, the best, and the one that is being written
-        need = max(0, need - len(checkpoints(folder)) * size)
+        # The newest, the best, and the one that is being written; some may be there already.
+        need = max(0, config.keep + 2 - len(checkpoints(folder))) * size
         print(f"memory     {procs.memory_used():.0%} of the {procs.device.type}'s at most, each process")
         print(f"disk       {need / 1e9:.2f} GB for checkpoints of {size / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
         print(f"limit      {flops / 1e12:,.2f} TFLOP/s for each process is 100 % MFU ({source})")

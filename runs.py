@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import checkpoint
-from cli import Progress, UserError, check
+from cli import Progress, UserError, check, harmless
 from data import Dataset
 from files import lock, publish
 from loggers import open_logger
@@ -262,7 +262,7 @@ class Log:
         """Tell how the model goes on from some texts: {"prompt", "text"} each."""
         self.write({"step": step, "tokens": step * self.batch_tokens, "samples": samples})
         for sample in samples:
-            self.progress.print(f"step {step:,}: {sample['prompt']}{sample['text']}")
+            self.progress.print(f"step {step:,}: {harmless(sample['prompt'] + sample['text'])}")
 
     def write(self, row: dict) -> None:
         """Append one row to log.jsonl, and send it on."""

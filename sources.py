@@ -38,10 +38,11 @@ def expand(patterns: Sequence[str], kinds: Sequence[str], flag: str = "--files")
             if path.is_dir():
                 print(f"{path}: {len(inside):,} file{'s' if len(inside) > 1 else ''}")
             files += inside
-    for file, times in Counter(files).items():
+    times = Counter(file.resolve() for file in files)  # a link can name a file, or the folder that it is in, once more
+    for file in files:
         check(file.is_file(), f"{flag} {file}: not a file")
         check(kind_of(file) in kinds, f"{flag} {file}: a file must end in {known}")
-        check(times == 1, f"{flag} {file}: named more than once")
+        check(times[file.resolve()] == 1, f"{flag} {file}: named more than once")
     return files
 
 

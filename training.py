@@ -323,6 +323,7 @@ def train_step(
 @torch.no_grad()
 def validate(model: nn.Module, batches: Iterable[Batch], procs: Processes) -> float:
     """The exact mean loss per learned token over a fixed set of rows, however many processes share them."""
+    training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, learned tokens
     for batch in batches:
@@ -331,6 +332,6 @@ def validate(model: nn.Module, batches: Iterable[Batch], procs: Processes) -> fl
             loss = model(batch.tokens, batch.targets, batch.positions)
         learned = (batch.targets != IGNORE).sum()
         total += torch.tensor([loss.item(), learned.item()], dtype=torch.float64)
-    model.train()
+    model.train(training)
     loss_sum, learned = procs.sum(total.to(procs.device) if procs.world_size > 1 else total).tolist()
     return loss_sum / learned

@@ -4,6 +4,8 @@ import os
 import signal
 import socket
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,17 @@ def test_a_browser_is_opened_before_a_person_alone(monkeypatch, terminal, displa
     monkeypatch.setattr(chat_web.sys, "platform", "linux")
     monkeypatch.setattr(chat_web.sys.stdout, "isatty", lambda: terminal)
     assert chat_web.on_desktop() == (terminal and bool(display))
+
+
+def test_a_proxy_is_not_asked_for_the_page_and_no_file_is_taken(chatterbox, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with chat_page(chatterbox) as (url, _):
+        body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nabc\r\n--x--\r\n'
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        request = urllib.request.Request(f"{url}gradio_api/upload", body, headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
+        assert refused.value.code == 413
 
 
 def test_ctrl_c_ends_it(chatterbox):

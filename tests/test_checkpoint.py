@@ -546,3 +546,7 @@ def test_damaged_checkpoints_are_listed_and_fail(run_script, fails, pretrained, 
     assert "nowhere: no such folder" in fails("checkpoint.py", "nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoints" in fails("checkpoint.py", tmp_path / "empty")
+
+
+def test_a_dataset_folder_is_no_damaged_checkpoint(fails, text_data):
+    assert "holds no checkpoints" in fails("checkpoint.py", text_data)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
+from cli import UserError
 from export import CHAT_TEMPLATE, model_card
 from model import IGNORE
 from tokenizer import CHAT_TOKENS, ROLES, load_tokenizer
@@ -205,12 +207,23 @@ def test_what_trl_finetunes_comes_home(exported, run_script, tmp_path):
     assert greedy(run_script, tmp_path / "home", "After 5?") == "Trl was here."
 
 
-def test_another_chat_format_is_refused(exported, fails, tmp_path):
-    (tmp_path / "other").mkdir()
-    for file in exported.iterdir():
-        text = file.read_bytes().replace(b'"<|user|>"', b'"<|human|>"') if file.suffix == ".json" else file.read_bytes()
-        (tmp_path / "other" / file.name).write_bytes(text)
-    assert "has another chat format" in fails("generate.py", "--checkpoint", "./other", "--prompt", "x")
+@pytest.mark.parametrize(
+    "ours, theirs, message",
+    [
+        ('"<|user|>"', '"<|human|>"', "has another chat format"),
+        ('"a": 97', '"a": 98', "has other tokens than bytes"),
+        ('"vocab": {', '"vocab": null, "x": {', "is damaged: it has no vocabulary"),
+        ('"content": "<|user|>"', '"content": [1]', "is damaged: it has no vocabulary"),
+        ('"added_tokens": [', '"added_tokens": null, "x": [', "is damaged: it has no vocabulary"),
+    ],
+)
+def test_another_tokenizer_is_refused(exported, tmp_path, ours, theirs, message):
+    shutil.copytree(exported, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    assert ours in file.read_text()
+    file.write_text(file.read_text().replace(ours, theirs))
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(str(tmp_path / "other"))
 
 
 # ---- it is served --------------------------------------------------------------------------------------------------
@@ -313,6 +326,7 @@ def test_the_folder_appears_whole_or_not_at_all(exported, fails, run_script, fin
     done = run_script("export.py", "--checkpoint", finetuned, "--out", "deep/new")
     assert re.search(r"next: transformers serve deep/new", done.stdout)
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["new"]
+    assert (tmp_path / "deep" / "new").stat().st_mode & 0o777 == 0o755
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "deep" / "new").iterdir()} == {0o644}
 
 
@@ -320,4 +334,6 @@ def test_without_the_tokenizers_package_one_line_says_so(run_script, finetuned, 
     (tmp_path / "tokenizers.py").write_text("raise ImportError")
     out = ("--checkpoint", finetuned, "--out", "here")
     done = run_script("export.py", *out, env={"PYTHONPATH": str(tmp_path)}, expect=2)
-    assert "pip install -r requirements-extra.txt" in error_of(done) and not (tmp_path / "here.tmp").exists()
+    assert "pip install -r requirements-extra.txt" in error_of(done) and [p.name for p in tmp_path.iterdir()] == [
+        "tokenizers.py"
+    ]

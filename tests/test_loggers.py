@@ -1,6 +1,7 @@
 """--log: TensorBoard and Weights & Biases have what log.jsonl has, whatever happens; their own readers read it back."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -76,17 +77,19 @@ def test_a_run_that_is_killed_and_stopped_and_goes_on(text_data, tmp_path):
     """kill -9 leaves steps that come again, Ctrl-C does not; in the end all steps are there once, but for those that
     wandb had not yet written when it was killed."""
     args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG, "--save_every", 20, "--val_every", 10, *BOTH)
-    run = tmp_path / "run"
+    run, done = tmp_path / "run", []
     for step, number, code in ((35, signal.SIGKILL, -9), (45, signal.SIGINT, 75), (65, signal.SIGTERM, 75)):
         process = spawn(*args, cwd=tmp_path)
         wait_for_step(run, step, process)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == code, output
+        done.append(steps_done(output))
     assert "stopped by SIGTERM after step" in output and "wandb:" not in output and "\x1b" not in output
     process = spawn(*args, cwd=tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in output, output
+    done.append(steps_done(output))
     assert set(logged(run)["loss"].expected) == set(range(1, 101))
     assert in_tensorboard(run) == logged(run) and len(list((run / "tensorboard").iterdir())) == 1
     sent = in_wandb(run)
@@ -95,7 +98,14 @@ def test_a_run_that_is_killed_and_stopped_and_goes_on(text_data, tmp_path):
         sent[name] == {step: values.expected[step] for step in sent[name]} for name, values in logged(run).items()
     )
     folders = sorted((run / "wandb").glob("offline-run-*"))
+    for folder, before in list(zip(folders, done, strict=True))[1:]:  # what was sent is not sent again
+        assert min(record["step"]["num"] for record in wandb_records(folder, "history")) > before
     assert [record["exit_code"] for folder in folders[1:] for record in wandb_records(folder, "exit")] == [75, 75, 0]
+
+
+def steps_done(output: str) -> int:
+    """How many steps a run had done when it was started."""
+    return int(re.search(r"([\d,]+) steps done", output)[1].replace(",", ""))
 
 
 def test_it_may_be_asked_for_later(run_script, pretrained, text_data, tmp_path):

@@ -123,6 +123,15 @@ def test_six_runs_can_be_told_apart():
     assert len(looks) == 6 and len({color for color, _ in looks}) == 6 and len({marker for _, marker in looks}) == 6
 
 
+def test_a_name_is_no_markup(run_script, tmp_path):
+    for name in ("_try", r"a$\frac$b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run_script("plot.py", "_try", r"a$\frac$b")
+    figure = plot.draw({"_try": plot.curves(ROWS, "tokens")}, plot.Config(("_try",)))
+    assert "_try" in figure.legends[0].get_texts()[0].get_text()
+
+
 @pytest.mark.parametrize("value, text", [(0, "0"), (1500, "1.5k"), (2e7, "20M"), (1e10, "10B"), (0.1 + 0.2, "0.3")])
 def test_numbers_as_people_write_them(value, text):
     assert plot.short(value) == text

@@ -88,6 +88,13 @@ def test_a_folder_of_something_else_is_left_alone(flags, tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(flags, tmp_path):
+    for name in ("tensorboard", "wandb"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 0}\n')
+    assert open_run(flags)[3] == 0
+
+
 @pytest.mark.parametrize("saved, kept", [(3, [0, 1, 2, 3]), (None, [])])
 def test_rows_after_the_checkpoint_are_dropped(flags, saved, kept):
     """They will come again; a line that a crash cut short goes too."""

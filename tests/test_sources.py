@@ -71,6 +71,13 @@ def test_a_folder_is_all_its_files_of_known_kinds(folder, capsys):
     assert expand_names("book*") == [*names, "books/k/j.txt"]
 
 
+def test_a_link_does_not_multiply_the_data(folder):
+    write("books/a.txt")
+    Path("books/up").symlink_to("..")
+    with pytest.raises(UserError, match="named more than once"):
+        expand_names("books/")
+
+
 def test_a_name_with_brackets_is_a_name_where_it_exists(folder):
     write("notes[1].txt")
     write("notes1.txt")
