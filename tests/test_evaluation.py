@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from conftest import TRAIN, make_model, read_log, start
 
 import checkpoint
+import evaluate
+import pretrain
 from cli import UserError, harmless
 from data import ChatDataset, TokenDataset
 from evaluation import count_bytes, ending_losses, hellaswag, load_hellaswag, samples, validation
@@ -238,24 +240,34 @@ def test_judging_touches_neither_mode_nor_randomness(judged, questions):
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_one_line(fails, pretrained, text_data, chat_data, questions, tmp_path):
-    def message(*flags: object) -> str:
-        return fails("evaluate.py", "--checkpoint", pretrained, *flags)
+def test_mistakes_are_one_line(fails, pretrained, chat_data, questions, tmp_path):
+    def refused(words: str, **flags: object) -> None:
+        with pytest.raises(UserError, match=words):
+            evaluate.main(evaluate.Config(str(pretrained), **flags))
 
-    assert "at least 1" in message("--max_examples", 0)
-    assert "nothing to judge" in message("--no_hellaswag")
-    assert "--no_hellaswag" in message("--no_hellaswag", "--files", questions)
-    assert "knows text alone" in message("--data", chat_data, "--no_hellaswag")
-    assert "no such dataset folder" in message("--data", "nowhere", "--no_hellaswag")
-    (tmp_path / "folder").mkdir()
-    assert "No such file or directory" in message("--json", "nowhere/x.jsonl")
-    assert "Is a directory" in message("--json", "folder")
-    assert "no such file" in message("--files", "nowhere.jsonl")
-    run = ("pretrain.py", "--data", text_data, "--run", "x")
-    assert "--hellaswag_every" in fails(*run, "--hellaswag_files", questions)
-    assert "at least 1" in fails(*run, "--sample_every", 0)
-    assert "--sample_every" in fails(*run, "--sample_prompts", "x")
-    assert "--sample_prompts is empty" in fails(*run, "--sample_every", 1, "--sample_prompts")
+    refused("at least 1", max_examples=0)
+    refused("nothing to judge", hellaswag=False)
+    refused("--no_hellaswag", hellaswag=False, files=(str(questions),))
+    refused("knows text alone", hellaswag=False, data=(str(chat_data),))
+    refused("no such dataset folder", hellaswag=False, data=("nowhere",))
+    refused("no such file", files=("nowhere.jsonl",))
+    for where, words in {"nowhere/x.jsonl": "No such file or directory", ".": "Is a directory"}.items():
+        assert f"{where}: {words}" in fails("evaluate.py", "--checkpoint", pretrained, "--json", where)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"hellaswag_files": ("x.jsonl",)}, "--hellaswag_every"),
+        ({"sample_every": 0}, "at least 1"),
+        ({"sample_prompts": ("x",)}, "--sample_every"),
+        ({"sample_every": 1, "sample_prompts": ()}, "--sample_prompts is empty"),
+    ],
+)
+def test_mistakes_in_a_run_are_found_before_any_work(text_data, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        pretrain.main(pretrain.Config(data=str(text_data), **flags))
     assert not (tmp_path / "runs").exists()
 
 
