@@ -22,6 +22,7 @@ import cli
 from checkpoint import Loaded
 from cli import UserError, check
 from files import flush, publish, write_json
+from sampling import Sampling
 from tokenizer import CHAT_TOKENS, Tokenizer
 
 # A message's text must not become a special token, and these libraries look for the tokens' names in the whole
@@ -92,8 +93,10 @@ def write_folder(folder: Path, loaded: Loaded) -> None:
     ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": ends[0], "pad_token_id": tokenizer.end_of_text}
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | ids | {"dtype": "float32"})
-    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 200, "max_new_tokens": 256}
-    write_json(folder / "generation_config.json", ids | {"eos_token_id": ends} | sampling)
+    usual = Sampling()
+    sampling = {"do_sample": True, "temperature": usual.temperature, "top_k": usual.top_k}
+    generation = ids | {"eos_token_id": ends, "max_new_tokens": usual.max_tokens} | sampling
+    write_json(folder / "generation_config.json", generation)
     build_tokenizer(tokenizer, loaded.chat).save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config(loaded))
     if loaded.chat:
