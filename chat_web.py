@@ -97,8 +97,8 @@ def serve(page: "gradio.Blocks", config: Config) -> None:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # torch aborts an orderly end while another thread of it is at work on an answer
+        print(flush=True)
+        os._exit(0)  # torch aborts an orderly end while another thread of it is at work on an answer
 
 
 def import_gradio() -> "gradio":
@@ -124,7 +124,7 @@ def chat_page(loaded: Loaded, device: torch.device) -> "gradio.Blocks":
 
     usual = Sampling()
     with gr.Blocks(title=loaded.source, fill_height=True, analytics_enabled=False) as page:
-        with gr.Sidebar(position="right", open=False) as panel:
+        with gr.Sidebar(position="right") as panel:
             system = gr.Textbox(
                 label="System message", placeholder="What the model is told first", lines=2, max_lines=4
             )
@@ -135,7 +135,7 @@ def chat_page(loaded: Loaded, device: torch.device) -> "gradio.Blocks":
                 max_tokens = gr.Number(usual.max_tokens, label="Max tokens", precision=0, min_width=80)
             seed = gr.Number(-1, label="Seed (-1: another each time)", precision=0)
         # On a phone the panel would hide the conversation: there it opens when it is asked for.
-        page.load(None, None, panel, js="() => ({__type__: 'update', open: innerWidth > 768})")
+        page.load(None, None, panel, js="() => ({__type__: 'update', ...(innerWidth > 768 ? {} : {open: false})})")
         gr.ChatInterface(
             functools.partial(answer, loaded, device),
             chatbot=plain_chatbot(loaded.source),
@@ -165,12 +165,12 @@ def answer(
     messages = [{"role": "system", "content": system}] * bool(system.strip())
     messages += [*said, {"role": "user", "content": question}]
     try:
-        sampling = Sampling(temperature, top_k or None, top_p, max_tokens or Sampling.max_tokens)
+        sampling = Sampling(temperature, max(0, top_k or 0) or None, top_p, max_tokens or Sampling.max_tokens)
         prompt, left_out = answer_prompt(loaded.model, loaded.tokenizer, messages, sampling.max_tokens)
         seed = -1 if seed is None else seed
         cli.check_range("seed", seed, -1, 2**63 - 1)
     except UserError as error:
-        gr.Warning(html.escape(str(error)))  # not gr.Error: it leaves the page waiting for an answer
+        gr.Warning(html.escape(str(error).removeprefix("--")))  # not gr.Error: it leaves the page waiting for an answer
         return
     if left_out and not answer_prompt(loaded.model, loaded.tokenizer, messages[:-2], sampling.max_tokens)[1]:
         gr.Info("The conversation has outgrown the model's context: from now on its oldest part is left out.")

@@ -119,7 +119,11 @@ class Progress:
         self.printed = -math.inf if total else self.started  # work of unknown length may be over before it needs a line
         self.bar = None
         if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=total, unit=unit, initial=initial, unit_scale=unit == "token", dynamic_ncols=True)
+            shape = (
+                "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]" if total else None
+            )
+            options = {"unit_scale": unit == "token", "dynamic_ncols": True, "bar_format": shape}
+            self.bar = tqdm(total=total, unit=unit, initial=initial, **options)
 
     def update(self, n: int, figures: str = "") -> None:
         """Count `n` more units; `figures` is shown beside the count."""

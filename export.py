@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 import checkpoint
 import cli
 from checkpoint import Loaded
@@ -70,13 +72,17 @@ def main(config: Config) -> None:
     check(not taken, f"--out {config.out} is there already: delete it, or choose another")
     check(str(config.out) != ".", "--out is empty: name a folder")
     loaded = checkpoint.load(config.checkpoint)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{config.out.name}.", dir=config.out.parent))
+    temporary = None
     try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{config.out.name}.", dir=config.out.parent))
         write_folder(temporary, loaded)
         publish(temporary, config.out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {config.out} could not be written: {error}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     size = sum(file.stat().st_size for file in config.out.iterdir())
     out = shlex.quote(str(config.out))
     print(f"{loaded.source} -> {config.out}, {size / 1e6:,.1f} MB: {loaded.model.config.num_parameters:,} parameters")
@@ -95,7 +101,9 @@ def write_folder(folder: Path, loaded: Loaded) -> None:
     write_json(folder / "config.json", config | ids | {"dtype": "float32"})
     usual = Sampling()
     sampling = {"do_sample": True, "temperature": usual.temperature, "top_k": usual.top_k}
-    generation = ids | {"eos_token_id": ends, "max_new_tokens": usual.max_tokens} | sampling
+    # transformers makes so many tokens without asking whether they fit the context behind the prompt.
+    most = min(usual.max_tokens, loaded.model.config.block_size // 2)
+    generation = ids | {"eos_token_id": ends, "max_new_tokens": most} | sampling
     write_json(folder / "generation_config.json", generation)
     build_tokenizer(tokenizer, loaded.chat).save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config(loaded))
@@ -195,6 +203,7 @@ def model_card(loaded: Loaded) -> str:
         'generate = pipeline("text-generation", model="FOLDER OR HUB ID")',
         USE_CHAT if loaded.chat else USE_TEXT,
         "```\n",
+        f"Prompt and answer together must fit the context of {config.block_size:,} tokens.\n",
         "## Training\n",
         *map(describe_training, loaded.history),
         "## Limits and licences\n",

@@ -204,6 +204,7 @@ class Conversation:
         """Append the conversation to a file, as a record that prepare_dolly.py reads."""
         check(bool(file), "/save needs the name of a file: /save FILE.jsonl")
         check(bool(self.turns), "there is nothing to save yet: say something first")
+        check(file.endswith(".jsonl"), f"/save {file}: the name must end in .jsonl, for prepare_dolly.py to read it")
         path, record = Path(os.path.expanduser(file)), {"messages": [*self.before, *self.turns]}
         try:
             with open(path, "a+b") as out:
@@ -225,7 +226,7 @@ def hold_conversation(config: Config, writer: Writer) -> None:
         try:
             text = read_message()
             leaving = False
-            if text.strip() == "/exit":
+            if text.split()[:1] == ["/exit"]:
                 return
             if text.startswith("/"):
                 conversation.obey(text)

@@ -46,6 +46,9 @@ def as_message(place: str, item: Any) -> dict:
     said = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
     role = said.get("role", SHAREGPT_ROLES.get(str(said.get("from")), said.get("from")))
     content = said.get("content", said.get("value"))
+    if isinstance(content, list):  # a text in parts, as OpenAI's API has it
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
     check(role in ROLES, f"{place}: role {role!r}; a message needs one of {', '.join(ROLES)}")
     check(isinstance(content, str), f"{place}: a message needs a content in text, not {type(content).__name__}")
     return {"role": role, "content": content}

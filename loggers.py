@@ -20,11 +20,16 @@ from typing import Any
 from cli import UserError, check
 
 
-def check_installed(names: tuple[str, ...]) -> None:
-    """Raise `UserError` where a library that --log names is missing."""
+def check_loggers(names: tuple[str, ...]) -> None:
+    """Raise `UserError` where a library that --log names is missing, or nobody is logged in to Weights & Biases."""
     for name in names:
         found = importlib.util.find_spec(name) is not None
         check(found, f"--log {name} is not installed: pip install -r requirements-extra.txt")
+    if "wandb" in names:
+        import wandb
+
+        ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+        check(ready, "--log wandb: not logged in: run `wandb login` first, or set WANDB_MODE=offline")
 
 
 def open_logger(name: str, folder: Path, config: Any, step: int) -> Any:
@@ -85,8 +90,6 @@ class Wandb:
         run_id = id_file.read_text() if known else secrets.token_hex(4)
         id_file.parent.mkdir(exist_ok=True)
         online = wandb.setup().settings.mode == "online"
-        ready = not online or wandb.login(prompt=False, verify=False)
-        check(ready, "--log wandb: not logged in: run `wandb login` first, or set WANDB_MODE=offline")
         settings = wandb.Settings(silent=not online, quiet=True, console="off")  # online it may have to wait
         about = {"name": folder.name, "config": asdict(config), "dir": folder}
         try:

@@ -215,6 +215,7 @@ def preview(config: Config, sources: list[Source], tokenizer: Tokenizer) -> None
         for example in islice(examples(source, tokenizer, config.block_size, counts), config.preview):
             print(f"--- {example.place}: {sum(example.learned):,} of {len(example.tokens):,} tokens are learned")
             print(marked(example, tokenizer, begin, end), end="\n\n")
+        check(counts["records"] > 0, "no conversations to learn: a source has no records")
         print(told(counts, config))
     print(f"preview only, what is learned {'in green' if colour else 'between « and »'}: {config.out} was not written")
 
@@ -270,8 +271,8 @@ def write_split(folder: Path, name: str, split: Conversations) -> dict:
 
 def told(counts: dict, config: Config) -> str:
     return (
-        f"{counts['records']:,} records, {counts['shortened']} of them shortened to {config.block_size} tokens; not"
-        f" kept are {counts['dropped']} with an answer longer than that and {counts['skipped_empty']} with an empty one"
+        f"{counts['records']:,} records, {counts['shortened']:,} of them shortened to {config.block_size:,} tokens; not"
+        f" kept are {counts['dropped']:,} with an answer longer than that and {counts['skipped_empty']:,} without any"
     )
 
 

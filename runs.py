@@ -234,7 +234,7 @@ class Log:
         row = {"step": step, "tokens": step * self.batch_tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         row |= {"tokens_per_s": round(rate, 1), "mfu": round(mfu, 4)}
         self.write(row if finite else row | {"loss": None, "grad_norm": None, "skipped": True})  # JSON has no NaN
-        self.progress.update(1, f"loss {loss:.4f}  norm {grad_norm:.2f}  lr {lr:.2e}  {rate:,.0f} tok/s  MFU {mfu:.1%}")
+        self.progress.update(1, f"loss {loss:.4f}  {rate:,.0f} tok/s  MFU {mfu:.1%}  lr {lr:.2e}  norm {grad_norm:.2f}")
         self.skipped = 0 if finite else self.skipped + 1
         if not finite:
             self.progress.print(

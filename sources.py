@@ -286,4 +286,4 @@ def batched_texts(
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

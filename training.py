@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cli import UserError, check, check_range
 from data import Batch, Dataset
-from loggers import check_installed
+from loggers import check_loggers
 from model import GPT, IGNORE
 
 # ---- processes and devices -----------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def check_training(config: Any) -> None:
     check_range("grad_clip", config.grad_clip, 0, open_low=True)
     check_range("dropout", config.dropout, 0, 0.9)
     check_range("seed", config.seed, 0, 2**63 - 1)
-    check_installed(config.log)
+    check_loggers(config.log)
 
 
 def describe(config: Any, name: str, model: GPT, procs: Processes, rows: int) -> None:

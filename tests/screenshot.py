@@ -68,7 +68,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def fill(self, label: str, value: object) -> None:
-        """Type a value into a field of the panel, which must have opened: until then it takes back what is typed."""
+        """Type a value into a field of the panel."""
         found = f"input[aria-label*='{label}']"
         if label == "System message":
             found = "textarea[placeholder='What the model is told first']"

@@ -30,6 +30,8 @@ class Terminal:
         self.shown, self.read, self.pastes = "", 0, False
 
     def type(self, text: str) -> None:
+        if text == CTRL_C:
+            time.sleep(0.5)  # Python sleeps over one that comes between its prompt and its waiting for a key
         os.write(self.screen, text.encode())
 
     def until(self, pattern: str, seconds: float = 60) -> str:
@@ -157,7 +159,7 @@ def test_commands(terminal, chatterbox, tmp_path):
     assert "no command /rest: /help lists them" in chat.ask("/rest")
     assert "needs the name of a file" in chat.ask("/save")
     assert "could not be written: No such file" in chat.ask("/save nowhere/talk.jsonl")
-    assert "could not be written: Is a directory" in chat.ask("/save .")
+    assert "the name must end in .jsonl" in chat.ask("/save talk.txt")
     assert "3 messages appended to talk.jsonl" in chat.ask("/save talk.jsonl")
     chat.ask("/system Be brief.")
     chat.ask("two")
@@ -198,11 +200,13 @@ def test_a_long_conversation_warns_once(run_script, chatterbox):
 
 def test_a_pipe_is_a_terminal_too(run_script, chatterbox, tmp_path):
     """Without readline: a line is a message, commands work, bytes that are no UTF-8 and a last backslash do no harm."""
-    done = run_script("generate.py", "--checkpoint", chatterbox, "--chat", *SHORT, input="a\\\nb\n/save t\n/no\nc\\")
+    done = run_script(
+        "generate.py", "--checkpoint", chatterbox, "--chat", *SHORT, input="a\\\nb\n/save t.jsonl\n/no\nc\\"
+    )
     assert (
         done.stderr == "error: there is no command /no: /help lists them; a space before the / sends it as a message\n"
     )
-    assert saved(tmp_path, "t")[0][0]["content"] == "a\nb"
+    assert saved(tmp_path, "t.jsonl")[0][0]["content"] == "a\nb"
     command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(chatterbox), "--chat", *map(str, SHORT)]
     assert subprocess.run(command, input=b"\xff\xfe\n", capture_output=True, check=False).returncode == 0
 

@@ -117,7 +117,7 @@ def test_what_cannot_be_is_told(page):
     page.ask("talk")
     page.told("fills the context of 512 tokens")
     page.fill("System message", "short")
-    for label, value, good in (("Max tokens", -1, 5), ("Top k", -3, 0), ("Seed", 1e20, -1)):
+    for label, value, good in (("Max tokens", -1, 5), ("Seed", 1e20, -1)):
         page.fill(label, value)
         page.ask("and")
         page.told("it must be at least")
@@ -194,13 +194,12 @@ def test_a_proxy_is_not_asked_for_the_page_and_no_file_is_taken(chatterbox, monk
 
 
 def test_ctrl_c_ends_it(chatterbox):
-    """With one line; one more has said before that others can reach it."""
+    """Quietly, as that is how it is meant to end; one line has said before that others can reach it."""
     with chat_page(chatterbox, "--host", "0.0.0.0") as (_, process):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
-    warning, end = errors.splitlines()
-    assert process.returncode == 130 and end == "error: interrupted"
-    assert warning.startswith("warning: whoever reaches port")
+    assert process.returncode == 0 and errors.startswith("warning: whoever reaches port")
+    assert len(errors.splitlines()) == 1
 
 
 def test_mistakes(fails, pretrained, chatterbox, tmp_path):

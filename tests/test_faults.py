@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import soak
 import torch
-from conftest import ROOT, TRAIN, TUNE, read_log, start
+from conftest import ROOT, TRAIN, TUNE, error_of, read_log, start
 from torch import nn
 
 import checkpoint
@@ -257,6 +257,14 @@ def test_a_full_disk_while_preparing(small_disk, tmp_path):
     done = start(*args, cwd=tmp_path, expect=2)
     assert f"{small_disk}/data/" in done.stderr and "free some space" in done.stderr
     assert not (small_disk / "data" / "meta.json").exists() and not list((small_disk / "data").glob("*.npy.tmp"))
+
+
+def test_a_full_disk_while_exporting(pretrained, small_disk, tmp_path):
+    pytest.importorskip("tokenizers")
+    (small_disk / "ballast").write_bytes(bytes(2_000_000))
+    done = start("export.py", "--checkpoint", pretrained, "--out", small_disk / "here", cwd=tmp_path, expect=2)
+    assert f"--out {small_disk}/here could not be written" in error_of(done) and "No space left" in done.stderr
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")

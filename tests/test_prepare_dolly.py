@@ -124,6 +124,15 @@ def counts(folder: Path) -> tuple[int, int, int]:
             "<|user|>Bye<|end|><|assistant|>{See you.<|end|>}",
         ),
         (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "W"}, {"type": "text", "text": "ho?"}]},
+                    {"role": "assistant", "content": "Jane."},
+                ]
+            },
+            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+        ),
+        (
             {"prompt": "Who?", "completion": "Jane."},
             "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
         ),
@@ -172,6 +181,7 @@ def counts(folder: Path) -> tuple[int, int, int]:
         "alpaca",
         "alpaca without input",
         "messages",
+        "messages in parts",
         "prompt and completion",
         "prompt and completion in messages",
         "answers in the prompt",
@@ -326,7 +336,7 @@ def test_what_is_shortened_and_left_out_is_counted_and_said(prepare, tmp_path):
     assert counts(tmp_path / "out") == (1, 2, 3)
     assert len(conversations(tmp_path / "out")) == len(RECORDS) + 1
     said = " ".join(line for line in done.stdout.splitlines() if not line.startswith(("train:", "val:")))
-    assert re.search(r"\b1 .*shortened to 100 tokens.*\b2 .*longer.*\b3 .*empty", said)
+    assert re.search(r"\b1 .*shortened to 100 tokens.*\b2 .*longer.*\b3 without any", said)
 
 
 # ---- several sources -----------------------------------------------------------------------------------------------
