@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,11 @@ class Browser:
             found = "textarea[placeholder='What the model is told first']"
         field = self.until(lambda: next(filter(self.on_screen, self.find(found)), None))
         select_all = "\ue009a\ue000"  # Ctrl-A
-        field.send_keys(select_all, str(value), "\t")
+        for _ in range(5):  # while the page is being set up, it may take back what is typed
+            field.send_keys(select_all, str(value), "\t")
+            time.sleep(0.5)
+            if field.get_attribute("value") in (str(value), "2"):  # 2 is the most that the temperature can be
+                return
 
     def on_screen(self, element) -> bool:
         script = "const r = arguments[0].getBoundingClientRect(); return r.width > 0 && r.right <= innerWidth"
