@@ -5,7 +5,7 @@ randomness, and their figures do not depend on the number of processes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,6 @@ from training import Processes, validate
 
 N_ENDINGS = 4  # in each example of HellaSwag
 HELLASWAG_BATCH = 16  # examples; always the same ones together, so that processes do not change the last bits
-
 LOGITS_ROWS = 1024  # of tokens whose logits are in memory at once
 
 
@@ -170,9 +169,8 @@ def row_of(context: list[int], ending: list[int], model: GPT, tokenizer: Tokeniz
     return tokens, min(len(ending), len(tokens) - 1)
 
 
-def batch_losses(model: GPT, rows: Iterable[tuple[list[int], int]], procs: Processes) -> Tensor:
+def batch_losses(model: GPT, rows: Sequence[tuple[list[int], int]], procs: Processes) -> Tensor:
     """The summed loss of the last n tokens of each row of (tokens, n): (rows,) float64, on the CPU."""
-    rows = list(rows)
     length = max(len(tokens) for tokens, _ in rows) - 1
     inputs = torch.zeros(len(rows), length, dtype=torch.int64)
     targets = torch.full_like(inputs, IGNORE)
@@ -185,7 +183,7 @@ def batch_losses(model: GPT, rows: Iterable[tuple[list[int], int]], procs: Proce
     hidden, targets = model.hidden(inputs)[at], targets[at]  # (tokens of all endings, C)
     pieces = zip(hidden.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True)
     losses = torch.cat([F.cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in pieces])
-    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, at.nonzero()[:, 0].cpu(), losses.double().cpu())
+    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, at.nonzero()[:, 0].cpu(), losses.cpu().double())
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------
