@@ -157,3 +157,11 @@ def test_a_similar_name_is_not_a_known_gpu(monkeypatch):
     monkeypatch.setattr(torch, "randn", measure)
     with pytest.raises(MeasuredError):
         peak_flops(Processes(0, 1, torch.device("cuda", 0), torch.bfloat16))
+
+
+def test_a_resumed_run_is_one_training(flags):
+    """A finetuning that goes on is loaded from its own checkpoint, whose history has this training in it already."""
+    _, model, optimizer, _ = open_run(flags)
+    before = [{"source": "gpt2"}]
+    Run(flags, DATA, ALONE, before).save(3, model, optimizer, {})
+    assert Run(flags, DATA, ALONE, [*before, {"source": "itself"}]).history == before
