@@ -93,8 +93,8 @@ def serve(page: "gradio.Blocks", config: Config) -> None:
         quiet=True,
         prevent_thread_lock=True,
     )
-    print(f"{page.title}: talk to it at {page.local_url} ; Ctrl-C ends this", flush=True)
     try:
+        print(f"{page.title}: talk to it at {page.local_url} ; Ctrl-C ends this", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print(flush=True)

@@ -61,8 +61,15 @@ class Browser:
         return WebDriverWait(self.driver, seconds, poll_frequency=0.1).until(lambda _: condition())
 
     def open(self, url: str) -> None:
+        """Open a page, and wait until it has been set up: until it has been at leisure, and nothing in it changed,
+        for 1.5 seconds (what is typed before that, it may take back)."""
         self.driver.get(url)
         self.until(lambda: self.find(".submit-button"))
+        self.driver.execute_script(
+            "window.quiet = 0; setInterval(() => window.quiet++, 100); new MutationObserver(() => window.quiet = 0)"
+            ".observe(document, {subtree: true, childList: true, attributes: true, characterData: true})"
+        )
+        self.until(lambda: self.driver.execute_script("return window.quiet > 15"))
 
     def size(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -75,11 +82,9 @@ class Browser:
             found = "textarea[placeholder='What the model is told first']"
         field = self.until(lambda: next(filter(self.on_screen, self.find(found)), None))
         select_all = "\ue009a\ue000"  # Ctrl-A
-        for _ in range(5):  # while the page is being set up, it may take back what is typed
-            field.send_keys(select_all, str(value), "\t")
-            time.sleep(0.5)
-            if field.get_attribute("value") in (str(value), "2"):  # 2 is the most that the temperature can be
-                return
+        field.send_keys(select_all, str(value), "\t")
+        time.sleep(0.5)  # a page that takes back what is typed would have done so
+        assert field.get_attribute("value") in (str(value), "2")  # 2 is the most that the temperature can be
 
     def on_screen(self, element) -> bool:
         script = "const r = arguments[0].getBoundingClientRect(); return r.width > 0 && r.right <= innerWidth"
