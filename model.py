@@ -79,14 +79,23 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
+    def advance(self, T: int) -> tuple[Tensor, Tensor | None]:
+        """Make room for T new tokens; returns their positions (T,), and which of the S keys each may see, (T, S), or
+        None where that is as without a cache."""
+        start, self.length = self.length, self.length + T
+        positions = torch.arange(start, self.length, device=self.keys.device)
+        if start and T > 1:  # new tokens after cached ones: query t sees keys 0 ... start + t
+            return positions, torch.ones(T, self.length, dtype=torch.bool, device=self.keys.device).tril(diagonal=start)
+        return positions, None
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B, nh, T, hs) of a layer; return all of that layer's (B, nh, S, hs).
+        """Store a layer's keys and values (B, nh, T, hs) of the new tokens; return all of that layer's (B, nh, S, hs).
 
         A single row is stored for all rows of the cache, whose texts begin alike.
         """
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
+        start, end = self.length - k.size(2), self.length
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
         return self.keys[layer, : len(k), :, :end], self.values[layer, : len(k), :, :end]
 
 
@@ -225,19 +234,16 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the context of {self.config.block_size}")
-        mask = None
-        if positions is not None:
+        if cache is not None:
+            positions, mask = cache.advance(T)
+        elif positions is not None:
             mask = packed_mask(positions)
-        elif start and T > 1:  # new tokens after cached ones: query t sees keys 0 ... start + t
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(diagonal=start)
-        if positions is None:
-            positions = torch.arange(start, start + T, device=tokens.device)
+        else:
+            positions, mask = torch.arange(T, device=tokens.device), None
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             x = block(x, mask, cache)
-        if cache is not None:
-            cache.length += T
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -258,7 +264,7 @@ class GPT(nn.Module):
             tokens: (B, T) int64 token ids.
             targets: (B, T) int64 ids of the next tokens; `IGNORE` marks those that are not learned.
             positions: (B, T) places within packed documents, each of which sees itself alone; None for plain rows.
-            cache: keys and values of the tokens before these; the new ones are appended.
+            cache: keys and values of the tokens before these; the new ones are appended.  It excludes `positions`.
 
         Returns:
             without targets: (B, T, V) logits.

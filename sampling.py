@@ -74,14 +74,19 @@ def generate(
     block_size = model.config.block_size
     device, dtype = model.wte.weight.device, model.wte.weight.dtype
     cache = KVCache(model.config, n_samples, device, dtype)
+    step = None
     history = torch.tensor([prompt[-block_size:]], device=device)  # (n_samples, tokens so far); at first one for all
     new = history
     while True:
         if cache.length + new.size(1) > block_size:
             cache.length = 0
             new = history = history[:, -max(1, block_size // 2) :]
-        hidden = evaluated(model, new, cache)[:, -1]  # (n_samples, C), or (1, C) of the prompt
-        logits = model.logits(hidden).expand(n_samples, -1)
+        if cache.length and new.size(1) == 1 and can_capture(model):
+            step = step or CapturedStep(model, cache)
+            logits = step(new)
+        else:
+            hidden = evaluated(model, new, cache)[:, -1]  # (n_samples, C), or (1, C) of the prompt
+            logits = model.logits(hidden).expand(n_samples, -1)
         tokens = choose(logits, temperature, top_k, top_p, generator)
         yield tokens
         new = tokens[:, None]
@@ -98,6 +103,66 @@ def evaluated(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     finally:
         if training:
             model.train()
+
+
+def can_capture(model: GPT) -> bool:
+    """On a GPU; not in the middle of training, where samples are few and the memory is the training's."""
+    return model.wte.weight.device.type == "cuda" and not model.training
+
+
+class CapturedStep:
+    """The step from one token to the next, captured as a CUDA graph: one launch instead of some two hundred, each of
+    which would take the host longer than the device needs for it.
+
+    Capturing takes the work of a few steps, and the memory of one.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache):
+        self.cache, device = cache, cache.keys.device
+        self.tokens = torch.zeros(cache.keys.size(1), 1, dtype=torch.long, device=device)  # (n_samples, 1)
+        self.position = torch.full((1,), cache.length, device=device)
+        with torch.cuda.device(device):
+            warm_up = torch.cuda.Stream()
+            warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm_up):  # libraries set themselves up when first called, which cannot be captured
+                for _ in range(2):
+                    step_at(model, self.tokens, self.position, cache)
+            torch.cuda.current_stream().wait_stream(warm_up)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the device
+                self.logits = step_at(model, self.tokens, self.position, cache)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits (n_samples, V) after tokens (n_samples, 1), which are valid until the next call."""
+        self.tokens.copy_(tokens)
+        self.position.fill_(self.cache.length)
+        self.cache.length += 1
+        self.graph.replay()
+        return self.logits
+
+
+def step_at(model: GPT, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    """The logits (B, V) after one more token (B, 1) at a position (1,): what `model.hidden` and `model.logits` say, by
+    the same operations on the same memory wherever that is."""
+    return model.logits(model.hidden(tokens, cache=FixedCache(cache, position))[:, -1])
+
+
+class FixedCache:
+    """A `KVCache` for one new token whose place is a tensor: all keys are offered to it, and those behind it masked."""
+
+    length = 0  # the place of the new token is not known to the host
+
+    def __init__(self, cache: KVCache, position: Tensor):
+        self.keys, self.values, self.position = cache.keys, cache.values, position
+
+    def advance(self, T: int) -> tuple[Tensor, Tensor]:
+        places = torch.arange(self.keys.size(3), device=self.keys.device)
+        return self.position, (places <= self.position)[None]  # (1,), (1, block_size)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer].index_copy_(2, self.position, k)
+        self.values[layer].index_copy_(2, self.position, v)
+        return self.keys[layer], self.values[layer]
 
 
 def seeded(seed: int | None, device: torch.device) -> torch.Generator:

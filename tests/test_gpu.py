@@ -2,13 +2,17 @@
 
 import re
 import shutil
+from itertools import islice
 
 import pytest
 import torch
 from conftest import TRAIN, TUNE, read_log
 
 import checkpoint
+import sampling
+from model import GPT, GPTConfig, KVCache
 from runs import peak_flops
+from sampling import CapturedStep, generate, seeded
 from training import Processes, find_dtype
 
 pytestmark = [
@@ -43,6 +47,37 @@ def test_a_micro_batch_size_is_found_and_kept(run_script, text_data, tmp_path):
     assert "1,024 rows x 64 tokens x 1 processes x 1 micro-batches" in run_script(*args).stdout
     told = run_script(*args, "--dry_run").stdout
     assert re.search(r"memory +\d+% of the cuda's at most", told)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_the_captured_step_says_what_the_model_says(dtype, tolerance):
+    """At every place of the context, for three texts."""
+    device = torch.device("cuda", 0)
+    config = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=64, init_std=0.1)
+    model = GPT(config).to(device, dtype).eval()
+    tokens = torch.randint(300, (3, 64), device=device)
+    cache = KVCache(config, 3, device, dtype)
+    expected = model(tokens)
+    model(tokens[:, :5], cache=cache)
+    step = CapturedStep(model, cache)
+    for place in range(5, 64):
+        logits = step(tokens[:, place, None])
+        assert (logits - expected[:, place]).norm() <= tolerance * expected[:, place].norm()
+    assert cache.length == 64
+
+
+def test_generation_uses_the_captured_step(monkeypatch):
+    """And the text of a seed stays that of the steps one by one."""
+    device = torch.device("cuda", 0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=64, init_std=0.1)).to(device)
+
+    def text() -> torch.Tensor:
+        return torch.stack([*islice(generate(model.eval(), [1, 2, 3], 2, seeded(0, device)), 100)])
+
+    captured = text()
+    monkeypatch.setattr(sampling, "can_capture", lambda model: False)
+    assert torch.equal(text(), captured)
 
 
 def test_peak_comes_from_the_data_sheet_or_a_measurement():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import sampling
 from cli import UserError
-from model import GPT, GPTConfig
-from sampling import Sampling, answer_prompt, choose, generate, write
+from model import GPT, GPTConfig, KVCache
+from sampling import CapturedStep, Sampling, answer_prompt, can_capture, choose, generate, step_at, write
 from tokenizer import load_tokenizer
 
 DRAWS = 3000
@@ -147,6 +147,35 @@ def test_cached_generation_equals_uncached(block_size, prompt_length, temperatur
     model, prompt = small_model(block_size), PROMPT[:prompt_length]
     expected = slow_generate(model, prompt, 40, 3, temperature)
     assert torch.equal(fast_generate(model, prompt, 40, 3, temperature), expected)
+
+
+class UncapturedStep(CapturedStep):
+    """The same without a GPU: what the graph has recorded is computed instead."""
+
+    def __init__(self, model: GPT, cache: KVCache):
+        self.model, self.cache, self.graph = model, cache, self
+        self.tokens = torch.zeros(cache.keys.size(1), 1, dtype=torch.long)
+        self.position = torch.zeros(1, dtype=torch.long)
+        cache.keys[:, :, :, cache.length :] = 1e4  # what lies behind the newest token must not matter
+
+    def replay(self) -> None:
+        self.logits = step_at(self.model, self.tokens, self.position, self.cache)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("block_size", [2, 9, 16])
+@pytest.mark.parametrize("prompt_length", [1, 5, 20])
+def test_generation_by_the_captured_step_equals_uncached(block_size, prompt_length, temperature, monkeypatch):
+    monkeypatch.setattr(sampling, "can_capture", lambda model: True)
+    monkeypatch.setattr(sampling, "CapturedStep", UncapturedStep)
+    model, prompt = small_model(block_size), PROMPT[:prompt_length]
+    expected = slow_generate(model, prompt, 40, 3, temperature)
+    assert torch.equal(fast_generate(model, prompt, 40, 3, temperature), expected)
+
+
+def test_a_step_is_captured_on_a_gpu_alone():
+    model = small_model()
+    assert not can_capture(model.eval()) and not can_capture(model.train())
 
 
 def test_a_long_prompt_is_cut_to_its_end():
