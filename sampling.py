@@ -1,6 +1,7 @@
 """Text from a model: how the next token is chosen, the loop that goes on choosing, the text as it comes, and the prompt
 after which a chat model answers."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -121,16 +122,15 @@ class CapturedStep:
         self.cache, device = cache, cache.keys.device
         self.tokens = torch.zeros(cache.keys.size(1), 1, dtype=torch.long, device=device)  # (n_samples, 1)
         self.position = torch.full((1,), cache.length, device=device)
-        with torch.cuda.device(device):
-            warm_up = torch.cuda.Stream()
-            warm_up.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(warm_up):  # libraries set themselves up when first called, which cannot be captured
-                for _ in range(2):
-                    step_at(model, self.tokens, self.position, cache)
-            torch.cuda.current_stream().wait_stream(warm_up)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the device
-                self.logits = step_at(model, self.tokens, self.position, cache)
+        stream = capture_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # libraries set themselves up when first called, which cannot be captured
+            for _ in range(2):
+                step_at(model, self.tokens, self.position, cache)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.logits = step_at(model, self.tokens, self.position, cache)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits (n_samples, V) after tokens (n_samples, 1), which are valid until the next call."""
@@ -139,6 +139,13 @@ class CapturedStep:
         self.cache.length += 1
         self.graph.replay()
         return self.logits
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: cuBLAS keeps a workspace for each stream that it has seen, and one that it took while
+    capturing would go with that graph (pytorch issue 193402)."""
+    return torch.cuda.Stream(device)
 
 
 def step_at(model: GPT, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
