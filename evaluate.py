@@ -67,7 +67,7 @@ def main(config: Config) -> None:
         config.json.open("a").close()  # where it cannot be written, better known now
     procs = start_processes(config.device, config.dtype, deterministic=False)
     loaded = checkpoint.load(config.checkpoint)
-    datasets = list(open_datasets(config, loaded))
+    datasets = list(open_datasets(config, loaded, procs))
     choices = load_hellaswag(config.files, loaded.tokenizer, config.max_examples) if config.hellaswag else []
     check(bool(datasets or choices), "nothing to judge the model by: give --data, or leave --no_hellaswag out")
     loaded.model.to(procs.device)
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
     procs.close()
 
 
-def open_datasets(config: Config, loaded: Loaded) -> Iterator[TokenDataset | ChatDataset]:
+def open_datasets(config: Config, loaded: Loaded, procs: Processes) -> Iterator[TokenDataset | ChatDataset]:
     """The dataset folders that are asked for, or those by the default names that fit the model.
 
     Raises `UserError` where one that is asked for is missing, damaged or does not fit.
@@ -102,7 +102,8 @@ def open_datasets(config: Config, loaded: Loaded) -> Iterator[TokenDataset | Cha
         except UserError as error:
             if config.data is not None:
                 raise
-            print(f"left out: {error}", file=sys.stderr)
+            if procs.is_main:
+                print(f"left out: {error}", file=sys.stderr)
 
 
 def open_dataset(folder: str, loaded: Loaded) -> TokenDataset | ChatDataset:

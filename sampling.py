@@ -143,8 +143,8 @@ class CapturedStep:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: cuBLAS keeps a workspace for each stream that it has seen, and one that it took while
-    capturing would go with that graph (pytorch issue 193402)."""
+    """One stream for all captures: cuBLAS keeps a workspace for each stream that it has seen, and one that it took in a
+    capture would go with that graph (pytorch issue 193402)."""
     return torch.cuda.Stream(device)
 
 
