@@ -174,11 +174,16 @@ class SummedCrossEntropy(torch.autograd.Function):
             logits = F.linear(x, weight).float()  # (rows, V)
             logits[:, vocab_size:] = -math.inf  # the padding has no probability
             log_probs = F.log_softmax(logits, dim=1)
-            loss -= log_probs.gather(1, target).masked_fill(ignored, 0).sum()
+            # Not in place: torch 2.11 would compile that to gradients of 0 (pytorch issue 180642).
+            loss = loss - log_probs.gather(1, target).masked_fill(ignored, 0).sum()
             if learn:
-                d_logits = log_probs.exp_()
-                d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1))
-                d_logits = d_logits.masked_fill_(ignored, 0).to(x.dtype)
+                if torch.compiler.is_compiling():  # fused into one pass, with no float32 gradient in memory
+                    onehot = torch.arange(weight.size(0), device=x.device) == target  # (rows, V)
+                    d_logits = log_probs.exp() - onehot.float()
+                else:
+                    d_logits = log_probs.exp_()
+                    d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1))
+                d_logits = d_logits.masked_fill(ignored, 0).to(x.dtype)
                 torch.mm(d_logits, weight, out=d_hidden[begin : begin + rows])
                 if d_weight.dtype == x.dtype:
                     d_weight.addmm_(d_logits.t(), x)
