@@ -125,7 +125,7 @@ def measurements(config: Config, procs: Processes, trained: tuple[GPT, TokenData
 
 def read_bandwidth(procs: Processes) -> float:
     """Bytes per second of a matrix-vector product that is far larger than all caches, the best of several."""
-    matrix = torch.ones(2**14, 2**13, device=procs.device)
+    matrix = torch.ones(2**17 if procs.device.type == "cuda" else 2**14, 2**13, device=procs.device)
     vector = torch.ones(2**13, device=procs.device)
     return matrix.numel() * matrix.element_size() / procs.fastest(lambda: torch.mv(matrix, vector))
 
@@ -229,7 +229,7 @@ def train(config: Config, procs: Processes, flops: float) -> Iterator[Row]:
         shape = replace(PRESETS[name], vocab_size=257) if name == "demo" else PRESETS[name]
         ours = {f"train {name}": GPT(shape), f"all logits {name}": PlainLoss(shape)}
         if on_gpu:
-            ours[f"train {name}, compiled"] = torch.compile(GPT(shape).to(procs.device))
+            ours[f"train {name}, compiled"] = torch.compile(GPT(shape).to(procs.device), dynamic=False)
         candidates = {
             label: trainer(model.to(procs.device), rows, shape.block_size, procs) for label, model in ours.items()
         }

@@ -74,7 +74,7 @@ class Processes:
     def synchronize(self) -> None:
         """Wait for the device, so that a clock can be read."""
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
 
     def fastest(self, work: Callable[[], Any], n: int = 8) -> float:
         """Seconds that some work takes on the device, the best of several times."""
@@ -156,7 +156,7 @@ def keep_freed_memory() -> None:
 
 def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
     """The model to train with: compiled, then wrapped for several processes.  `model` itself shares its weights."""
-    trained: nn.Module = torch.compile(model) if compile else model
+    trained: nn.Module = torch.compile(model, dynamic=False) if compile else model
     if procs.world_size > 1:
         device_ids = [procs.device.index] if procs.device.type == "cuda" else None
         trained = nn.parallel.DistributedDataParallel(trained, device_ids, gradient_as_bucket_view=True)
@@ -204,6 +204,8 @@ def largest_that_fits(
     batch, reserved, fitting = None, None, 0
     for size in sizes:
         try:
+            torch.accelerator.empty_cache()  # what was kept for smaller sizes is of no use for this one
+            procs.memory_used()
             if reserved is None and not optimizer.state:  # two numbers for each weight, from the first step on
                 reserved = torch.empty(2, model.config.num_parameters, device=procs.device)
             batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)

@@ -23,6 +23,7 @@ from training import (
     find_dtype,
     largest_that_fits,
     lr_at,
+    parallelize,
     seed_step,
     start_processes,
     train_step,
@@ -157,6 +158,17 @@ def test_autocast_changes_the_precision_of_products_only():
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_every_shape_is_compiled_as_one_graph(monkeypatch):
+    """The last batch of a validation is smaller, and a second shape must not break the graph."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    model = small_model()
+    trained = parallelize(model, ALONE, compile=True)
+    for rows, length in ((4, 8), (3, 8), (3, 5), (1, 1)):
+        batch = Batch(*torch.randint(50, (2, rows, length)))
+        losses = [forward(batch.tokens, batch.targets).item() for forward in (trained, model)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # ---- the size of a micro-batch -------------------------------------------------------------------------------------
 
 
@@ -190,7 +202,7 @@ class OutOfMemory(GPT):
 def test_the_largest_size_that_fits(monkeypatch, most, expected):
     model, data = OutOfMemory(small_model().config), SimpleNamespace(n_rows={"train": 3}, block_size=8)
     data.batch = lambda split, rows: Batch(*torch.randint(50, (2, len(rows), 8)))
-    model.most = most
+    model.most, model.rows = most, 0
     monkeypatch.setattr(Processes, "memory_used", lambda self: model.rows / 10)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     before = copy.deepcopy(model.state_dict())
