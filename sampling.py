@@ -1,7 +1,6 @@
 """Text from a model: how the next token is chosen, the loop that goes on choosing, the text as it comes, and the prompt
 after which a chat model answers."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -51,7 +50,10 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     if top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together
         probabilities = probabilities.where(before < top_p, 0.0)  # the first is always kept: nothing is before it
-    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
+    # An exponential race: the first of independent times with these rates is each token's with its probability.  It is
+    # what torch.multinomial draws, too, but that waits for the GPU to check its arguments.
+    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    return tokens.gather(1, (probabilities / times).argmax(dim=-1, keepdim=True)).squeeze(1)
 
 
 @torch.inference_mode()
@@ -122,7 +124,7 @@ class CapturedStep:
         self.cache, device = cache, cache.keys.device
         self.tokens = torch.zeros(cache.keys.size(1), 1, dtype=torch.long, device=device)  # (n_samples, 1)
         self.position = torch.full((1,), cache.length, device=device)
-        stream = capture_stream(device)
+        stream = torch.cuda.Stream(device)  # its own: cuBLAS' workspace for a stream goes with a graph (issue 193402)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # libraries set themselves up when first called, which cannot be captured
             for _ in range(2):
@@ -141,13 +143,6 @@ class CapturedStep:
         return self.logits
 
 
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: cuBLAS keeps a workspace for each stream that it has seen, and one that it took in a
-    capture would go with that graph (pytorch issue 193402)."""
-    return torch.cuda.Stream(device)
-
-
 def step_at(model: GPT, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
     """The logits (B, V) after one more token (B, 1) at a position (1,): what `model.hidden` and `model.logits` say, by
     the same operations on the same memory wherever that is."""
@@ -164,7 +159,8 @@ class FixedCache:
 
     def advance(self, T: int) -> tuple[Tensor, Tensor]:
         places = torch.arange(self.keys.size(3), device=self.keys.device)
-        return self.position, (places <= self.position)[None]  # (1,), (1, block_size)
+        mask = torch.zeros(len(places), dtype=self.keys.dtype, device=places.device)  # added to what each layer sees
+        return self.position, mask.masked_fill(places > self.position, -torch.inf)[None]  # (1,), (1, block_size)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer].index_copy_(2, self.position, k)
