@@ -93,6 +93,7 @@ def main(config: Config) -> None:
         cli.check_range("steps", config.steps, 1)
         cli.check(config.epochs == Config.epochs, "--epochs and --steps exclude each other: give one")
     procs = start_processes(config.device, config.dtype, config.deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN where there is a mask (pytorch issue 196678)
     resumed = checkpoint.newest_whole(run_folder(config.run))  # then --init is not needed any more
     start = checkpoint.load(str(resumed or config.init))
     block_size = start.model.config.block_size

@@ -32,18 +32,21 @@ def gpt2_tokenizer() -> Tokenizer:
         pytest.skip(str(error))
 
 
-def start(script: str, *args: object, cwd: Path, expect: int | None = 0, processes: int = 1, **options):
+def start(
+    script: str, *args: object, cwd: Path, expect: int | None = 0, processes: int = 1, gpu: bool = False, **options
+):
     """Run a script as a process of its own, or as several under torchrun, and check its exit code.
 
-    `env` among the options adds variables, `input` is typed into it.
+    `env` among the options adds variables, `input` is typed into it.  A GPU is hidden from it unless it is to use one.
     """
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"] if processes > 1 else []
     )
     text_in = {"input": options["input"]} if "input" in options else {"stdin": subprocess.DEVNULL}
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / script), *map(str, args)],
-        env=os.environ | options.get("env", {}),
+        env=os.environ | hidden | options.get("env", {}),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -56,11 +59,12 @@ def start(script: str, *args: object, cwd: Path, expect: int | None = 0, process
 
 
 @pytest.fixture
-def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+def run_script(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """`run_script("pretrain.py", "--steps", 3)` runs a script in the test's own folder; see `start`."""
 
     def run(script: str, *args: object, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
-        return start(script, *args, cwd=cwd or tmp_path, **options)
+        gpu = request.node.get_closest_marker("gpu") is not None
+        return start(script, *args, cwd=cwd or tmp_path, gpu=gpu, **options)
 
     return run
 
