@@ -183,12 +183,16 @@ class SummedCrossEntropy(torch.autograd.Function):
                 else:
                     d_logits = log_probs.exp_()
                     d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1))
-                d_logits = d_logits.masked_fill(ignored, 0).to(x.dtype)
+                # Rows that are not learned get no gradient: what goes into these products and comes out, (rows, C),
+                # is cheaper to clear than the gradient of the logits, (rows, V).
+                d_logits, x = d_logits.to(x.dtype), x.masked_fill(ignored, 0)
                 torch.mm(d_logits, weight, out=d_hidden[begin : begin + rows])
                 if d_weight.dtype == x.dtype:
                     d_weight.addmm_(d_logits.t(), x)
                 else:
                     d_weight += torch.mm(d_logits.t(), x)
+        if learn:
+            d_hidden.masked_fill_((targets == IGNORE)[:, None], 0)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
