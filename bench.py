@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -193,16 +193,17 @@ def tokenize_ours(files: list[Path], folder: Path, tokenizer: GPT2Tokenizer) -> 
 def tokenize_usual(files: list[Path], folder: Path, most: int = 4_000_000) -> float:
     """One process for each core maps tiktoken over the documents; about so many tokens are enough to know its rate."""
     writer = ShardWriter(folder, "val", 100_000_000)
-    documents = (record["text"] for _, record in FileSource(files).records())
+    records = (record for _, record in FileSource(files).records())
+    # The documents end, and the pool is not broken off: a pool that is still being fed can hang at its end.
+    documents = (record["text"] for record in takewhile(lambda _: writer.tokens < most, records))
     with multiprocessing.get_context("fork").Pool() as pool:
         started = time.perf_counter()
         for tokens in pool.imap(encode_document, documents, chunksize=16):
             writer.add(tokens)
-            if writer.tokens >= most:
-                break
         writer.close()
         seconds = time.perf_counter() - started
-        pool.terminate()
+        pool.close()
+        pool.join()
     return writer.tokens / seconds
 
 

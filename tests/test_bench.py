@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,14 @@ def test_both_ways_to_tokenize_write_the_same(gpt2_tokenizer, tmp_path):
     bench.tokenize_ours(files, tmp_path, gpt2_tokenizer)
     bench.tokenize_usual(files, tmp_path)
     assert (tmp_path / "train_000000.npy").read_bytes() == (tmp_path / "val_000000.npy").read_bytes()
+
+
+def test_the_usual_way_ends_early(gpt2_tokenizer, tmp_path):
+    """By itself, with documents that fill the pipe to its processes: a pool that is broken off then sometimes hangs."""
+    (tmp_path / "a.txt").write_text("".join("word " * 5000 + "\n\n" for _ in range(1000)))
+    for _ in range(3):
+        bench.tokenize_usual([tmp_path / "a.txt"], tmp_path, most=20_000)
+        assert 20_000 <= np.load(tmp_path / "val_000000.npy", mmap_mode="r").size < 2_500_000
 
 
 @pytest.fixture
