@@ -124,7 +124,7 @@ class CapturedStep:
         self.cache, device = cache, cache.keys.device
         self.tokens = torch.zeros(cache.keys.size(1), 1, dtype=torch.long, device=device)  # (n_samples, 1)
         self.position = torch.full((1,), cache.length, device=device)
-        stream = torch.cuda.Stream(device)  # its own: cuBLAS' workspace for a stream goes with a graph (issue 193402)
+        stream = torch.cuda.Stream(device)  # its own: a graph takes its cuBLAS workspace along (pytorch issue 193402)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # libraries set themselves up when first called, which cannot be captured
             for _ in range(2):
