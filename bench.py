@@ -43,7 +43,16 @@ from sampling import generate
 from shards import ShardWriter, read_ahead
 from sources import FileSource, batched_texts, expand
 from tokenizer import GPT2Tokenizer, load_tokenizer
-from training import Processes, build_optimizer, find_device, find_dtype, keep_freed_memory, train_step, validate
+from training import (
+    Processes,
+    build_optimizer,
+    find_device,
+    find_dtype,
+    keep_freed_memory,
+    parallelize,
+    train_step,
+    validate,
+)
 
 
 @dataclass(frozen=True)
@@ -230,7 +239,7 @@ def train(config: Config, procs: Processes, flops: float) -> Iterator[Row]:
         shape = replace(PRESETS[name], vocab_size=257) if name == "demo" else PRESETS[name]
         ours = {f"train {name}": GPT(shape), f"all logits {name}": PlainLoss(shape)}
         if on_gpu:
-            ours[f"train {name}, compiled"] = torch.compile(GPT(shape).to(procs.device), dynamic=False)
+            ours[f"train {name}, compiled"] = parallelize(GPT(shape).to(procs.device), procs, compile=True)
         candidates = {
             label: trainer(model.to(procs.device), rows, shape.block_size, procs) for label, model in ours.items()
         }

@@ -56,8 +56,10 @@ def prepare(model: GPT, device: torch.device, dtype: torch.dtype, quantize: bool
     on a CPU only.
     """
     model.to(device, dtype=dtype).eval().requires_grad_(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for every length of a text
     if device.type != "cpu":
+        torch.backends.cuda.enable_cudnn_sdp(
+            False
+        )  # cuDNN's attention would be planned anew for every length of a text
         return model
     no_bias = torch.zeros(model.config.padded_vocab_size, dtype=dtype)
     if quantize or dtype != torch.float32:

@@ -114,7 +114,7 @@ def can_capture(model: GPT) -> bool:
 
 
 class CapturedStep:
-    """The step from one token to the next, captured as a CUDA graph: one launch instead of some two hundred, each of
+    """The step from one token to the next, captured as a CUDA graph: one launch instead of some 150, each of
     which would take the host longer than the device needs for it.
 
     Capturing takes the work of a few steps, and the memory of one.

@@ -205,7 +205,6 @@ def largest_that_fits(
     for size in sizes:
         try:
             torch.accelerator.empty_cache()  # what was kept for smaller sizes is of no use for this one
-            procs.memory_used()
             if reserved is None and not optimizer.state:  # two numbers for each weight, from the first step on
                 reserved = torch.empty(2, model.config.num_parameters, device=procs.device)
             batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)

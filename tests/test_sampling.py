@@ -1,6 +1,7 @@
 """How a token is chosen, against the definitions; the generation loop, against the slow one without a cache."""
 
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +98,14 @@ def test_draws_depend_on_the_generator_alone():
     assert not torch.equal(draw(logits, seed=2), first)
 
 
+def test_draws_are_those_of_multinomial():
+    """From the same source of randomness, which is one that others know."""
+    logits = torch.randn(DRAWS, 50, generator=seeded())
+    ordered, tokens = (logits / 0.7).topk(20)
+    expected = tokens.gather(1, torch.multinomial(ordered.softmax(dim=1), 1, generator=seeded())).squeeze(1)
+    assert torch.equal(choose(logits, 0.7, 20, 1.0, seeded()), expected)
+
+
 def test_half_precision_logits_are_drawn_from_in_full_precision():
     logits = torch.randn(DRAWS, 50, generator=seeded()).to(torch.bfloat16)
     drawn = choose(logits, 0.7, 20, 0.9, seeded())
@@ -173,9 +182,10 @@ def test_generation_by_the_captured_step_equals_uncached(block_size, prompt_leng
     assert torch.equal(fast_generate(model, prompt, 40, 3, temperature), expected)
 
 
-def test_a_step_is_captured_on_a_gpu_alone():
-    model = small_model()
-    assert not can_capture(model.eval()) and not can_capture(model.train())
+@pytest.mark.parametrize(("device", "training", "expected"), [("cuda", 0, 1), ("cuda", 1, 0), ("cpu", 0, 0)])
+def test_a_step_is_captured_on_a_gpu_outside_of_training(device, training, expected):
+    weight = SimpleNamespace(device=torch.device(device))
+    assert can_capture(SimpleNamespace(wte=SimpleNamespace(weight=weight), training=bool(training))) == bool(expected)
 
 
 def test_a_long_prompt_is_cut_to_its_end():
