@@ -1,7 +1,7 @@
-# make demo      a talking model from nothing, on a laptop CPU in minutes
-# make test      lint and tests
-# make soak      kill a training run two hundred times
-# make pictures  those in docs/: needs `make demo`, chromium and its driver
+# make demo      train a small chat model on a laptop CPU, in minutes
+# make test      run lint and tests
+# make soak      kill a training run two hundred times and compare the result
+# make pictures  draw the pictures in docs/; needs `make demo`, chromium and its driver
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,9 +9,9 @@ PY := $(VENV)/bin/python
 
 .PHONY: demo test lint soak pictures clean
 
-# One stamp file per requirements file: make installs again when one has changed.
+# One stamp file per requirements file: if one has changed, make installs again.
 $(VENV)/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is required") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@
@@ -20,21 +20,21 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-# The same scripts as for the real thing, with sizes that a CPU can do.  Run again, it goes on or uses what is there.
+# The same scripts as on GPUs, at sizes for a CPU.  A second run resumes, or uses what exists.
 demo: $(VENV)/installed
 	$(PY) prepare_sample.py --out data/sample
 	$(PY) prepare_fineweb.py --files data/sample/text.jsonl --tokenizer bytes --val_fraction 0.05 --out data/demo
 	$(PY) prepare_dolly.py --files data/sample/chat.jsonl --tokenizer bytes --block_size 256 --out data/demo_chat
-	$(PY) pretrain.py --data data/demo --run demo --model demo --steps 1000 --batch_tokens 4096 --lr 4e-3 \
+	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 1000 --batch_tokens 4096 --lr 4e-3 \
 		--save_every 500
-	$(PY) finetune.py --init runs/demo --data data/demo_chat --run demo_chat --epochs 2 --batch_tokens 4096 \
+	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 2 --batch_tokens 4096 \
 		--lr 1e-3 --dropout 0
-	@echo; echo "--- the pretrained model goes on from a text:"
+	@echo; echo "--- the pretrained model continues a text:"
 	$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 300 --temperature 0.6 --seed 1
 	@echo; echo "--- the finetuned model answers a question:"
 	$(PY) generate.py --checkpoint runs/demo_chat --prompt "What does json.dumps do?" --temperature 0.6 --seed 1
-	@echo; $(PY) plot.py demo demo_chat --out runs/demo.png
-	@echo; echo "Talk to it: $(PY) generate.py --checkpoint runs/demo_chat --chat"
+	@echo; $(PY) plot.py runs/demo runs/demo_chat --out runs/demo.png
+	@echo; echo "Chat with it: $(PY) generate.py --checkpoint runs/demo_chat --chat"
 
 test: lint
 	$(PY) -m pytest --numprocesses auto --dist worksteal
@@ -43,7 +43,7 @@ soak: $(VENV)/installed-dev
 	$(PY) tests/soak.py --kills 200
 
 pictures: $(VENV)/installed-dev
-	$(PY) plot.py demo demo_chat --out docs/loss.png
+	$(PY) plot.py runs/demo runs/demo_chat --out docs/loss.png
 	$(PY) tests/screenshot.py runs/demo_chat docs/chat.png
 
 lint: $(VENV)/installed-dev

@@ -1,15 +1,18 @@
-"""How fast every stage is on this machine: as a figure, as a part of what the machine can do, and beside a peer.
+"""Measure the speed of every stage on this machine, next to the machine's peak and to the usual alternative.
 
-    python bench.py                                                 # all stages, a few minutes on two cores
-    python bench.py train                                           # one of train, generate, tokenize
+    python bench.py                                                 # all stages
+    python bench.py train                                           # one stage: tokenize, train or generate
     python bench.py tokenize --files 'data/*.parquet'               # on your own text
-    python bench.py generate --checkpoint runs/demo --data data/demo        # and what lower precision costs in loss
 
-The limits are measured first: a square matrix product in the training precision, and the reading of memory.  Then ours
-and the peer take turns, after a warm-up, and the medians are compared, in a row for each peer.  "spread" is half the
-range of ours, as a part of the median, "limit" the part of the machine's limit.  The peers are the usual ways:
-transformers' GPT-2, a loss over all logits at once, and a process pool with tiktoken.  Training counts 6 N + 12 L C T
-operations per token (see model.py).
+All stages take a few minutes on an idle 2-core CPU. The peers are transformers' GPT-2, a loss that keeps all logits in
+memory, and a process pool that runs tiktoken. Our code and its peer take turns after a warm-up. The columns are:
+
+    value           the median over --repeats
+    spread          half the range, relative to the median
+    of peak         share of the measured peak: matrix product for training, memory bandwidth for generation
+    vs. peer        our median relative to the peer's
+
+Training counts 6 N + 12 L C T operations per token (GPT.flops_per_token in model.py).
 """
 
 import copy
@@ -33,152 +36,135 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import checkpoint
-import cli
-from data import Batch, TokenDataset, val_batches
-from inference import prepare
-from model import GPT, PRESETS
-from runs import peak_flops
-from sampling import generate
-from shards import ShardWriter, read_ahead
-from sources import FileSource, batched_texts, expand
-from tokenizer import GPT2Tokenizer, load_tokenizer
-from training import (
-    Processes,
-    build_optimizer,
-    find_device,
-    find_dtype,
-    keep_freed_memory,
-    parallelize,
-    train_step,
-    validate,
-)
+from minigpt import cli
+from minigpt.cli import UserError
+from minigpt.dataset import Batch
+from minigpt.distributed import Processes, find_device, find_dtype, parallelize, tune_malloc
+from minigpt.inference import generate_tokens, optimize_for_inference
+from minigpt.metrics import min_seconds, peak_flops
+from minigpt.optim import build_optimizer
+from minigpt.prefetch import prefetch
+from minigpt.pretrained import config_to_hf
+from minigpt.sampling import SamplingParams
+from minigpt.shards import ShardWriter
+from minigpt.sources import FileSource, find_files, text_batches
+from minigpt.tokenizer import Tokenizer, load_tokenizer
+from minigpt.training import train_step
+from model import GPT, PRESETS, GPTConfig
 
 
 @dataclass(frozen=True)
 class Config:
     stage: Annotated[Literal["all", "tokenize", "train", "generate"], tyro.conf.Positional] = "all"
-    """What to measure."""
+    """Stage to measure."""
     files: tuple[str, ...] = ()
-    """Text to tokenise: .txt, .jsonl or .parquet; none takes the source code of Python's standard library."""
-    checkpoint: str | None = None
-    """A run or checkpoint whose loss at lower precision is told; none leaves that out."""
-    data: str | None = None
-    """The dataset folder for that loss."""
+    """Text to tokenise (.txt, .jsonl or .parquet); default: the source code of Python's standard library."""
     repeats: int = 5
-    """How often everything is timed."""
+    """Number of timed runs per measurement."""
     json: Path | None = None
-    """A file for the figures as JSON lines."""
+    """Also write the rows to this file, as JSON lines."""
     device: str | None = None
-    """cuda, mps or cpu; None takes the best there is."""
+    """cuda, mps or cpu; default: the best available."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
-    what: str
+    name: str
     value: float  # the median
     unit: str
-    spread: float | None = None
-    limit: float | None = None  # the part of what the machine can do
+    spread: float | None = None  # half the range, relative to the median
+    of_peak: float | None = None  # value relative to the machine's peak
     peer: str = ""
-    ratio: float | None = None  # to the peer's median
+    ratio: float | None = None  # value relative to the peer's median
 
     def __str__(self) -> str:
-        spread = "" if self.spread is None else f"±{self.spread:.0%}"
-        limit = "" if self.limit is None else f"{self.limit:.0%}"
-        ratio = "" if self.ratio is None else f"{self.ratio:.2f} x {self.peer}"
         value = f"{self.value:,.0f}" if self.value >= 1000 else f"{self.value:.4g}"
-        return f"{self.what:<42} {value:>12} {self.unit:<10} {spread:>6} {limit:>8}   {ratio}".rstrip()
+        spread = "" if self.spread is None else f"±{self.spread:.0%}"
+        of_peak = "" if self.of_peak is None else f"{self.of_peak:.0%}"
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f} x {self.peer}"
+        return f"{self.name:<42} {value:>12} {self.unit:<10} {spread:>6} {of_peak:>8}   {ratio}".rstrip()
 
 
 def main(config: Config) -> None:
     cli.check_range("repeats", config.repeats, 1, 1000)
-    cli.check(
-        (config.checkpoint is None) == (config.data is None), "--checkpoint and --data belong together: give both"
-    )
     device = find_device(config.device)
     procs = Processes(0, 1, device, find_dtype(None, device))
-    peer = config.stage == "tokenize" or importlib.util.find_spec("transformers")
-    cli.check(bool(peer), "the peer is not installed: pip install -r requirements-dev.txt")
-    trained = trained_model(config) if config.checkpoint else None
+    if config.stage != "tokenize" and not importlib.util.find_spec("transformers"):
+        raise UserError("bench.py needs transformers: pip install -r requirements-dev.txt")
     if config.json is not None:
-        config.json.write_text("")
+        config.json.write_text("")  # a path that cannot be written fails before the work
     if device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
+    print(f"{'':<42} {'value':>12} {'':<10} {'spread':>6} {'of peak':>8}   vs. peer")
     rows = []
-    print(f"{'':<42} {'':>12} {'':<10} {'spread':>6} {'limit':>8}   beside a peer")
-    for row in measurements(config, procs, trained):
+    for row in run_stages(config, procs):
         print(row, flush=True)
         rows.append(row)
     if config.json is not None:
         config.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
-def measurements(config: Config, procs: Processes, trained: tuple[GPT, TokenDataset] | None) -> Iterator[Row]:
-    """The rows of the table, one by one."""
+def run_stages(config: Config, procs: Processes) -> Iterator[Row]:
+    """Measure the machine's peak, then each selected stage."""
     flops, source = peak_flops(procs)
-    bandwidth = read_bandwidth(procs)
-    yield Row(f"limit: matrix product ({source})", flops / 1e9, "GFLOP/s")
-    yield Row("limit: reading memory", bandwidth / 1e9, "GB/s")
+    bandwidth = memory_bandwidth(procs)
+    yield Row(f"peak: matrix product ({source})", flops / 1e9, "GFLOP/s")
+    yield Row("peak: memory bandwidth (read)", bandwidth / 1e9, "GB/s")
     if config.stage in ("all", "tokenize"):
-        yield from tokenize(config)
+        yield from bench_tokenize(config)
     if config.stage in ("all", "train"):
-        yield from train(config, procs, flops)
+        yield from bench_train(config, procs, flops)
     if config.stage in ("all", "generate"):
-        yield from decode(config, procs, bandwidth)
-    if trained is not None:
-        yield from losses(*trained, procs)
+        yield from bench_generate(config, procs, bandwidth)
 
 
-def read_bandwidth(procs: Processes) -> float:
-    """Bytes per second of a matrix-vector product that is far larger than all caches, the best of several."""
+def memory_bandwidth(procs: Processes) -> float:
+    """Return the bytes read per second by a matrix-vector product on a matrix larger than any cache."""
     matrix = torch.ones(2**17 if procs.device.type == "cuda" else 2**14, 2**13, device=procs.device)
     vector = torch.ones(2**13, device=procs.device)
-    return matrix.numel() * matrix.element_size() / procs.fastest(lambda: torch.mv(matrix, vector))
+    return matrix.numel() * matrix.element_size() / min_seconds(lambda: torch.mv(matrix, vector), procs)
 
 
-def rates(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Call each candidate in turn, `repeats` times after a warm-up; each returns how much it did per second."""
+def measure_rates(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Call the candidates in turn, `repeats` times after a warm-up. Each call returns units of work per second."""
     for candidate in candidates.values():
         candidate()
-    measured: dict[str, list[float]] = {name: [] for name in candidates}
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, candidate in candidates.items():
-            measured[name].append(candidate())
-    return measured
+            rates[name].append(candidate())
+    return rates
 
 
-def rows_of(measured: dict[str, list[float]], peers: dict[str, str], unit: str, limit: float | None) -> Iterator[Row]:
-    """A row for each candidate that is ours, one more for each of its peers; `limit` is 100 %."""
-    medians = {name: statistics.median(values) for name, values in measured.items()}
-    for name, peer in peers.items():
-        values = measured[name]
-        spread = (max(values) - min(values)) / 2 / medians[name] if len(values) > 1 else None
-        part = medians[name] / limit if limit else None
-        ratio = medians[name] / medians[peer] if peer in medians else None
-        yield Row(name, medians[name], unit, spread, part, peer, ratio)
+def compare(rates: dict[str, list[float]], name: str, peer: str, peak: float | None = None) -> Row:
+    """Return the row of candidate `name` next to its peer; `peak` is the highest possible rate in tokens per second."""
+    values, median = rates[name], statistics.median(rates[name])
+    spread = (max(values) - min(values)) / 2 / median if len(values) > 1 else None
+    of_peak = median / peak if peak else None
+    return Row(name, median, "tokens/s", spread, of_peak, peer, median / statistics.median(rates[peer]))
 
 
-# ---- tokenize ------------------------------------------------------------------------------------------------------
-
-
-def tokenize(config: Config) -> Iterator[Row]:
-    """Files to shards, as prepare_fineweb.py does it, beside a pool of processes that runs tiktoken."""
+def bench_tokenize(config: Config) -> Iterator[Row]:
+    """Tokenise files into shards as prepare_fineweb.py does, and with a process pool that runs tiktoken."""
     tokenizer = load_tokenizer("gpt2")
-    with tempfile.TemporaryDirectory() as folder:
-        files = expand(config.files, (".txt", ".jsonl", ".parquet")) if config.files else [library(Path(folder))]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if config.files:
+            files = find_files(config.files, (".txt", ".jsonl", ".parquet"))
+        else:
+            files = [write_standard_library(folder)]
         candidates = {
-            "tokenize": functools.partial(tokenize_ours, files, Path(folder), tokenizer),
-            "process pool": functools.partial(tokenize_usual, files, Path(folder)),
+            "tokenize": functools.partial(tokenize_ours, files, folder, tokenizer),
+            "process pool": functools.partial(tokenize_with_pool, files, folder),
         }
-        measured = rates(candidates, config.repeats)
-    yield from rows_of(measured, {"tokenize": "process pool"}, "tokens/s", None)
+        rates = measure_rates(candidates, config.repeats)
+    yield compare(rates, "tokenize", "process pool")
 
 
-def library(folder: Path) -> Path:
-    """The source code of Python's standard library as a Parquet file."""
+def write_standard_library(folder: Path) -> Path:
+    """Write the source code of Python's standard library to a Parquet file and return its path."""
     import pyarrow
     import pyarrow.parquet
 
@@ -188,23 +174,25 @@ def library(folder: Path) -> Path:
     return folder / "library.parquet"
 
 
-def tokenize_ours(files: list[Path], folder: Path, tokenizer: GPT2Tokenizer) -> float:
+def tokenize_ours(files: list[Path], folder: Path, tokenizer: Tokenizer) -> float:
+    """Write the files' tokens to shards and return the tokens per second."""
     started = time.perf_counter()
     writer = ShardWriter(folder, "train", 100_000_000)
-    for texts, _ in read_ahead(batched_texts(FileSource(files), None, "text")):
+    for texts, _ in prefetch(text_batches(FileSource(files), None, "text")):
         for tokens in tokenizer.encode_documents(texts):
             writer.add(tokens)
     writer.close()
-    cli.check(writer.tokens > 0, "--files hold no text")
+    if writer.tokens == 0:
+        raise UserError("--files contain no text")
     return writer.tokens / (time.perf_counter() - started)
 
 
-def tokenize_usual(files: list[Path], folder: Path, most: int = 4_000_000) -> float:
-    """One process for each core maps tiktoken over the documents; about so many tokens are enough to know its rate."""
+def tokenize_with_pool(files: list[Path], folder: Path, max_tokens: int = 4_000_000) -> float:
+    """Do the same with one tiktoken process per core, for about `max_tokens` tokens: enough to measure the rate."""
     writer = ShardWriter(folder, "val", 100_000_000)
     records = (record for _, record in FileSource(files).records())
-    # The documents end, and the pool is not broken off: a pool that is still being fed can hang at its end.
-    documents = (record["text"] for record in takewhile(lambda _: writer.tokens < most, records))
+    # End the input instead of leaving the loop early: a pool that is still being fed can hang when it is closed.
+    documents = (record["text"] for record in takewhile(lambda _: writer.tokens < max_tokens, records))
     with multiprocessing.get_context("fork").Pool() as pool:
         started = time.perf_counter()
         for tokens in pool.imap(encode_document, documents, chunksize=16):
@@ -217,167 +205,144 @@ def tokenize_usual(files: list[Path], folder: Path, most: int = 4_000_000) -> fl
 
 
 def encode_document(text: str) -> np.ndarray:
+    """Encode one document in a process of the pool."""
     tokenizer = load_tokenizer("gpt2")
     return np.array([tokenizer.end_of_text, *tokenizer.encode(text)], dtype=np.uint16)
 
 
-# ---- train ---------------------------------------------------------------------------------------------------------
+def bench_train(config: Config, procs: Processes, flops: float) -> Iterator[Row]:
+    """Time whole training steps of the demo model and of GPT-2 124M; on a CPU, also compare their memory."""
+    on_gpu = procs.device.type == "cuda"
+    gpt2_repeats = config.repeats if on_gpu else min(3, config.repeats)
+    yield from bench_train_steps("demo", replace(PRESETS["demo"], vocab_size=257), 16, config.repeats, procs, flops)
+    yield from bench_train_steps("gpt2", PRESETS["gpt2"], 32 if on_gpu else 1, gpt2_repeats, procs, flops)
+    if Path("/proc/self/status").exists() and not on_gpu:
+        ours, peer = (run_in_subprocess(peak_train_memory, model_class) for model_class in (GPT, TransformersGPT2))
+        yield Row("memory of a gpt2 step, 1 x 1024", ours / 1e9, "GB", peer="transformers", ratio=ours / peer)
 
 
-class PlainLoss(GPT):
-    """The usual loss: all logits at once."""
+def bench_train_steps(
+    name: str, shape: GPTConfig, batch_size: int, repeats: int, procs: Processes, flops: float
+) -> Iterator[Row]:
+    """Compare our training step on `batch_size` rows with transformers' and with one that keeps all logits."""
+    device, ours, all_logits = procs.device, f"train {name}", f"all logits {name}"
+    models = {ours: GPT(shape).to(device), all_logits: AllLogitsGPT(shape).to(device)}
+    peak = flops / models[ours].flops_per_token()
+    if device.type == "cuda":
+        models[f"{ours}, compiled"] = parallelize(GPT(shape).to(device), procs, compile=True)
+    models["transformers"] = TransformersGPT2(shape).to(device)
+    steps = {label: make_train_step(model, batch_size, shape.block_size, procs) for label, model in models.items()}
+    rates = measure_rates(steps, repeats)
+    for label in models:
+        if label.startswith("train"):
+            yield compare(rates, label, "transformers", peak)
+    yield compare(rates, ours, all_logits, peak)
+
+
+class AllLogitsGPT(GPT):
+    """Our model with the usual loss, which keeps all logits in memory at once."""
 
     def forward(self, tokens, targets, positions=None):
         logits = F.linear(self.hidden(tokens), self.wte.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
 
-def train(config: Config, procs: Processes, flops: float) -> Iterator[Row]:
-    """Whole training steps of the demo's model and of GPT-2 124M."""
-    on_gpu = procs.device.type == "cuda"
-    for name, rows in {"demo": 16, "gpt2": 32 if on_gpu else 1}.items():
-        shape = replace(PRESETS[name], vocab_size=257) if name == "demo" else PRESETS[name]
-        ours = {f"train {name}": GPT(shape), f"all logits {name}": PlainLoss(shape)}
-        if on_gpu:
-            ours[f"train {name}, compiled"] = parallelize(GPT(shape).to(procs.device), procs, compile=True)
-        candidates = {
-            label: trainer(model.to(procs.device), rows, shape.block_size, procs) for label, model in ours.items()
-        }
-        candidates["transformers"] = trainer(Transformers(shape).to(procs.device), rows, shape.block_size, procs)
-        measured = rates(candidates, config.repeats if name == "demo" or on_gpu else min(3, config.repeats))
-        limit = flops / GPT.flops_per_token(ours[f"train {name}"])
-        peers = dict.fromkeys([label for label in ours if label.startswith("train")], "transformers")
-        yield from rows_of(measured, peers, "tokens/s", limit)
-        yield from rows_of(measured, {f"train {name}": f"all logits {name}"}, "tokens/s", limit)
-    if Path("/proc/self/status").exists() and not on_gpu:
-        peaks = {kind.__name__: in_a_process(peak_memory, kind) for kind in (GPT, Transformers)}
-        ratio = peaks["GPT"] / peaks["Transformers"]
-        yield Row("memory of a gpt2 step, 1 x 1024", peaks["GPT"] / 1e9, "GB", peer="transformers", ratio=ratio)
+class TransformersGPT2(torch.nn.Module):
+    """transformers' GPT-2 with our model's interface."""
 
-
-class Transformers(torch.nn.Module):
-    """transformers' GPT-2, called as ours is."""
-
-    def __init__(self, shape):
+    def __init__(self, shape: GPTConfig):
         import transformers
 
         super().__init__()
         transformers.logging.set_verbosity_error()
-        sizes = {"n_positions": shape.block_size, "vocab_size": shape.vocab_size, "n_layer": shape.n_layer}
-        sizes |= {"n_head": shape.n_head, "n_embd": shape.n_embd, "bos_token_id": 0, "eos_token_id": 0}
-        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **none))
+        self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_to_hf(shape)))
 
     def forward(self, tokens, targets, positions=None):
         return self.model(input_ids=tokens, labels=tokens).loss * targets.numel()
 
 
-def trainer(model: torch.nn.Module, rows: int, block_size: int, procs: Processes) -> Callable[[], float]:
-    """A function that does one training step and returns its tokens per second."""
-    batch = Batch(*torch.randint(257, (2, rows, block_size)))
+def make_train_step(model: torch.nn.Module, batch_size: int, block_size: int, procs: Processes) -> Callable[[], float]:
+    """Return a function that does one training step on random tokens and returns its tokens per second."""
+    batch = Batch(*torch.randint(257, (2, batch_size, block_size)))
     optimizer = build_optimizer(model, 1e-4, 0.1)
 
     def step() -> float:
         started = time.perf_counter()
         train_step(model, [batch], optimizer, 1e-4, 1.0, procs)
         procs.synchronize()
-        return rows * block_size / (time.perf_counter() - started)
+        return batch_size * block_size / (time.perf_counter() - started)
 
     return step
 
 
-def peak_memory(kind: type) -> int:
-    """Bytes that this process had in memory at most while it trained GPT-2 124M for two steps on a CPU."""
+def peak_train_memory(model_class: type[torch.nn.Module]) -> int:
+    """Train GPT-2 124M for two steps on the CPU and return this process's peak memory in bytes."""
     procs = Processes(0, 1, torch.device("cpu"), torch.float32)
-    keep_freed_memory()
-    step = trainer(kind(PRESETS["gpt2"]), 1, 1024, procs)
-    step(), step()
-    status = Path("/proc/self/status").read_text()  # getrusage would count what the parent had when it forked
+    tune_malloc()
+    step = make_train_step(model_class(PRESETS["gpt2"]), 1, 1024, procs)
+    step()
+    step()
+    status = Path("/proc/self/status").read_text()  # getrusage would include the parent's memory before the fork
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
-def in_a_process(function: Callable, *args: object) -> int:
-    """What a function returns in a fresh process of its own."""
+def run_in_subprocess(function: Callable, *args: object) -> int:
+    """Call a function in a new process and return its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
-# ---- generate ------------------------------------------------------------------------------------------------------
-
-
-PRECISIONS = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "int8": (torch.float32, True)}
-
-
-def decode(config: Config, procs: Processes, bandwidth: float, tokens: int = 48) -> Iterator[Row]:
-    """GPT-2 124M going on greedily from a short prompt, one text at a time and eight."""
-    model, peer = GPT(PRESETS["gpt2"]), Transformers(PRESETS["gpt2"]).to(procs.device).eval()
-    models = {
-        name: prepare(copy.deepcopy(model), procs.device, *how) for name, how in PRECISIONS.items() if on(procs, name)
-    }
-    candidates: dict[str, Callable[[], float]] = {"transformers": functools.partial(decode_theirs, peer.model, tokens)}
-    for n in (1, 8):
-        candidates |= {
-            f"{name}, {n}": functools.partial(decode_ours, m, n, tokens, procs) for name, m in models.items()
-        }
-    measured = rates(candidates, config.repeats)
-    for name in models:
-        bytes_read = {"float32": 4, "bfloat16": 2, "int8": 1}[name] * model.config.num_parameters
-        row = {f"generate {name}": measured[f"{name}, 1"], "generate float32": measured["float32, 1"]}
-        row |= {"transformers": measured["transformers"], "one text": measured[f"{name}, 1"]}
-        peers = {f"generate {name}": "transformers" if name == "float32" else "generate float32"}
-        yield from rows_of(row, peers, "tokens/s", bandwidth / bytes_read)
-        row[f"generate {name}, 8 texts"] = measured[f"{name}, 8"]
-        yield from rows_of(row, {f"generate {name}, 8 texts": "one text"}, "tokens/s", None)
-
-
-def on(procs: Processes, precision: str) -> bool:
-    """Whether the device can do it."""
-    return precision != "int8" or procs.device.type == "cpu"
-
-
+PRECISIONS = {  # weights' dtype, int8, bytes per weight
+    "float32": (torch.float32, False, 4),
+    "bfloat16": (torch.bfloat16, False, 2),
+    "int8": (torch.float32, True, 1),
+}
 PROMPT = list(range(1000, 1016))
+GREEDY = SamplingParams(temperature=0)
 
 
-def decode_ours(model: GPT, n: int, tokens: int, procs: Processes) -> float:
-    stream = generate(model, PROMPT, n, torch.Generator(procs.device), temperature=0)
-    next(stream), next(stream)  # the prompt, and what is done once on a GPU
+def bench_generate(config: Config, procs: Processes, bandwidth: float, n_tokens: int = 48) -> Iterator[Row]:
+    """Continue a short prompt greedily with GPT-2 124M: one sample, then eight, at each precision."""
+    model, peer = GPT(PRESETS["gpt2"]), TransformersGPT2(PRESETS["gpt2"]).to(procs.device).eval()
+    precisions = [name for name in PRECISIONS if name != "int8" or procs.device.type == "cpu"]  # int8 needs a CPU
+    candidates = {"transformers": functools.partial(generate_with_transformers, peer.model, n_tokens)}
+    for name in precisions:
+        dtype, int8, _ = PRECISIONS[name]
+        optimized = optimize_for_inference(copy.deepcopy(model), procs.device, dtype, int8)
+        candidates[f"generate {name}"] = functools.partial(generate_ours, optimized, 1, n_tokens, procs)
+        candidates[f"generate {name}, 8 samples"] = functools.partial(generate_ours, optimized, 8, n_tokens, procs)
+    rates = measure_rates(candidates, config.repeats)
+    for name in precisions:
+        bytes_per_token = PRECISIONS[name][2] * model.config.num_parameters  # a token reads every weight once
+        peer_name = "transformers" if name == "float32" else "generate float32"
+        yield compare(rates, f"generate {name}", peer_name, peak=bandwidth / bytes_per_token)
+        yield compare(rates, f"generate {name}, 8 samples", f"generate {name}")
+
+
+def generate_ours(model: GPT, n_samples: int, n_tokens: int, procs: Processes) -> float:
+    """Generate `n_tokens` tokens for each sample and return the tokens per second, without the prompt's time."""
+    stream = generate_tokens(model, PROMPT, GREEDY, torch.Generator(procs.device), n_samples)
+    next(stream)  # reads the prompt
+    next(stream)  # captures the CUDA graph on a GPU
     procs.synchronize()
     started = time.perf_counter()
-    for _ in islice(stream, tokens):
+    for _ in islice(stream, n_tokens):
         pass
     procs.synchronize()
-    return n * tokens / (time.perf_counter() - started)
+    return n_samples * n_tokens / (time.perf_counter() - started)
 
 
 @torch.inference_mode()
-def decode_theirs(model: torch.nn.Module, tokens: int) -> float:
+def generate_with_transformers(model: torch.nn.Module, n_tokens: int) -> float:
+    """Do the same with `transformers`. The time of a run with one token is subtracted, as it reads the prompt."""
     prompt = torch.tensor([PROMPT], device=model.device)
-    times = []
-    for length in (1, tokens + 1):
+    seconds = []
+    for length in (1, n_tokens + 1):
         started = time.perf_counter()
         out = model.generate(prompt, min_new_tokens=length, max_new_tokens=length, do_sample=False, pad_token_id=0)
-        out.tolist()
-        times.append(time.perf_counter() - started)
-    return tokens / (times[1] - times[0])
-
-
-def trained_model(config: Config) -> tuple[GPT, TokenDataset]:
-    """--checkpoint and --data.  Raises `UserError` where they do not go together."""
-    loaded = checkpoint.load(config.checkpoint)
-    data = TokenDataset(config.data, loaded.model.config.block_size)
-    names = loaded.tokenizer.name, data.tokenizer.name
-    cli.check(names[0] == names[1], f"--checkpoint has {names[0]} tokens and --data {names[1]} tokens")
-    return loaded.model, data
-
-
-def losses(model: GPT, data: TokenDataset, procs: Processes) -> Iterator[Row]:
-    """The validation loss at each precision, on at most 64 rows."""
-    procs, plain = replace(procs, dtype=torch.float32), None  # the precision is the model's own
-    for name, how in PRECISIONS.items():
-        if on(procs, name):
-            loss = validate(prepare(copy.deepcopy(model), procs.device, *how), val_batches(data, 64, 4), procs)
-            plain = plain or loss
-            yield Row(f"validation loss, {name} ({loss - plain:+.5f})", loss, "nats")
+        out.tolist()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return n_tokens / (seconds[1] - seconds[0])
 
 
 if __name__ == "__main__":

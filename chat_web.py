@@ -1,10 +1,11 @@
-"""Talk to a chat model in the browser.
+"""Chat with a finetuned model in the browser.
 
     python chat_web.py                                              # runs/dolly, at http://127.0.0.1:7860
     python chat_web.py --checkpoint runs/demo_chat --port 8000
-    python chat_web.py --host 0.0.0.0                               # for all who can reach this machine
+    python chat_web.py --host 0.0.0.0                               # reachable from other machines
 
-The page is Gradio's (pip install -r requirements-extra.txt), the answers are those of generate.py --chat.
+The page needs Gradio (pip install -r requirements-extra.txt) and opens in about ten seconds. With the same settings,
+it gives the same answers as generate.py --chat.
 """
 
 import functools
@@ -16,51 +17,44 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-import cli
-from checkpoint import Loaded
-from cli import UserError, check
-from inference import load_prepared
-from sampling import Sampling, answer_prompt, seeded, write
+from minigpt import cli
+from minigpt.chat import encode_prompt
+from minigpt.cli import InferenceConfig, UserError
+from minigpt.inference import load_for_inference, make_generator, stream_text
+from minigpt.pretrained import PretrainedModel
+from minigpt.sampling import SamplingParams
 
 if TYPE_CHECKING:
     import gradio
 
-UPDATE_SECONDS = 0.05  # how often a page hears of new text
+UPDATE_SECONDS = 0.05  # minimum time between two updates of an answer
 
 
 @dataclass(frozen=True)
-class Config:
-    checkpoint: str | None = None
-    """A run (its best checkpoint) or a checkpoint of a chat model; None takes runs/dolly."""
+class Config(InferenceConfig):
     host: str = "127.0.0.1"
-    """Who can reach the page: 127.0.0.1 is this machine alone, 0.0.0.0 all machines that reach this one."""
+    """Address to listen on: 127.0.0.1 accepts this machine only, 0.0.0.0 accepts all machines."""
     port: int = 7860
-    """Where the page is: http://HOST:PORT."""
+    """Port to listen on."""
     open: bool = True
-    """Open the page in the browser, where this is a terminal on a desktop."""
-    device: str | None = None
-    """cuda, mps or cpu; None takes the best there is."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights."""
-    quantize: Literal["int8"] | None = None
-    """Weights of 8 bits: on a CPU more than twice as fast, and a little less exact."""
+    """Open the page in a browser when run from a terminal on a desktop."""
 
 
 def main(config: Config) -> None:
     check_address(config)
     import_gradio()
-    loaded, device = load_prepared(config.checkpoint, config.device, config.dtype, config.quantize)
-    check(loaded.chat, f"{loaded.source} is not a chat model: finetune it first, or use generate.py --prompt")
-    page = chat_page(loaded, device)
-    serve(page, config)
+    loaded, device = load_for_inference(config)
+    if not loaded.is_chat:
+        raise UserError(f"{loaded.source} is not a chat model: finetune it first, or use generate.py --prompt")
+    serve(build_page(loaded, device), config)
 
 
 def check_address(config: Config) -> None:
-    """Raise `UserError` where no page can be at that host and port; warn where others can reach it."""
+    """Raise `UserError` if the host and port cannot be used; warn if other machines can connect."""
     cli.check_range("port", config.port, 1, 65535)
     try:
         family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
@@ -69,85 +63,56 @@ def check_address(config: Config) -> None:
             probe.bind(address)
     except (socket.gaierror, UnicodeError):
         raise UserError(
-            f"--host {config.host}: no such address; 127.0.0.1 is this machine, 0.0.0.0 is for all"
+            f"--host {config.host}: unknown address; use 127.0.0.1 for this machine only, 0.0.0.0 for all machines"
         ) from None
     except OSError as error:
         raise UserError(
-            f"--host {config.host} --port {config.port}: {error.strerror}; choose another --port, or end what uses this"
+            f"--host {config.host} --port {config.port}: {error.strerror}; choose another --port,"
+            " or stop the program that uses this one"
         ) from None
     if not (config.host.startswith("127.") or config.host in ("localhost", "::1")):
-        print(f"warning: whoever reaches port {config.port} of this machine can use the model", file=sys.stderr)
+        print(f"warning: anyone who can connect to port {config.port} of this machine can chat", file=sys.stderr)
 
 
-def serve(page: "gradio.Blocks", config: Config) -> None:
-    """Offer the page, and nothing else: no public link, no record of what was said; until Ctrl-C."""
-    page.launch(
-        server_name=config.host,
-        server_port=config.port,
-        inbrowser=config.open and on_desktop(),
-        share=False,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        max_file_size=0,  # nobody sends files to this machine
-        quiet=True,
-        prevent_thread_lock=True,
-    )
-    try:
-        print(f"{page.title}: talk to it at {page.local_url} ; Ctrl-C ends this", flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print(flush=True)
-        os._exit(0)  # torch aborts an orderly end while another thread of it is at work on an answer
-
-
-def import_gradio() -> "gradio":
-    """The library of the page, told to keep to itself."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
-    for name in ("NO_PROXY", "no_proxy"):  # it asks the page that it made whether it is there
+def import_gradio() -> None:
+    """Import Gradio with its telemetry off. Raise `UserError` if it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio requests its own page to check that it is up
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost,::1")))
     try:
-        import gradio
+        import gradio  # noqa: F401
     except ImportError:
         raise UserError("chat_web.py needs gradio: pip install -r requirements-extra.txt") from None
-    return gradio
 
 
-def on_desktop() -> bool:
-    """Whether a browser can be opened before the eyes of a person."""
-    return sys.stdout.isatty() and (sys.platform == "darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)))
-
-
-def chat_page(loaded: Loaded, device: torch.device) -> "gradio.Blocks":
-    """The page: a conversation, and beside it how the next token is chosen."""
+def build_page(loaded: PretrainedModel, device: torch.device) -> "gradio.Blocks":
+    """Build the page: the conversation, and a sidebar with the sampling parameters."""
     import gradio as gr
 
-    usual = Sampling()
+    defaults = SamplingParams()
     with gr.Blocks(title=loaded.source, fill_height=True, analytics_enabled=False) as page:
-        with gr.Sidebar(position="right") as panel:
-            system = gr.Textbox(
-                label="System message", placeholder="What the model is told first", lines=2, max_lines=4
-            )
-            temperature = gr.Slider(0, 2, usual.temperature, label="Temperature", info="0: the likeliest", step=0.05)
-            top_p = gr.Slider(0.05, 1, usual.top_p, label="Top p", info="1: all tokens", step=0.05)
+        with gr.Sidebar(position="right") as sidebar:
+            system = gr.Textbox(label="System message", placeholder="Instructions for the model", lines=2, max_lines=4)
+            temperature = gr.Slider(0, 2, defaults.temperature, label="Temperature", info="0: greedy", step=0.05)
+            top_p = gr.Slider(0.05, 1, defaults.top_p, label="Top p", info="1: all tokens", step=0.05)
             with gr.Row():
-                top_k = gr.Number(usual.top_k, label="Top k (0: all)", precision=0, min_width=80)
-                max_tokens = gr.Number(usual.max_tokens, label="Max tokens", precision=0, min_width=80)
-            seed = gr.Number(-1, label="Seed (-1: another each time)", precision=0)
-        # On a phone the panel would hide the conversation: there it opens when it is asked for.
-        page.load(None, None, panel, js="() => ({__type__: 'update', ...(innerWidth > 768 ? {} : {open: false})})")
+                top_k = gr.Number(defaults.top_k, label="Top k (0: all)", precision=0, min_width=80)
+                max_tokens = gr.Number(defaults.max_tokens, label="Max tokens", precision=0, min_width=80)
+            seed = gr.Number(-1, label="Seed (-1: random)", precision=0)
+        # On a phone, the sidebar would cover the conversation: start with it closed.
+        page.load(None, None, sidebar, js="() => ({__type__: 'update', ...(innerWidth > 768 ? {} : {open: false})})")
         gr.ChatInterface(
-            functools.partial(answer, loaded, device),
-            chatbot=plain_chatbot(loaded.source),
+            functools.partial(stream_answer, loaded, device),
+            chatbot=build_chatbot(loaded.source),
             additional_inputs=[system, temperature, top_k, top_p, max_tokens, seed],
-            concurrency_limit=1,  # one model: who comes second waits
+            concurrency_limit=1,  # there is one model; other users wait in a queue
             api_visibility="private",
         )
     return page
 
 
-def answer(
-    loaded: Loaded,
+def stream_answer(
+    loaded: PretrainedModel,
     device: torch.device,
     question: str,
     history: list[dict],
@@ -158,37 +123,39 @@ def answer(
     max_tokens: int | None,
     seed: int | None,
 ) -> Iterator[str]:
-    """The answer to a question as it grows; where the page stops asking for more, no more is computed."""
+    """Yield the growing text of the answer. Generation stops when the caller stops iterating."""
     import gradio as gr
 
-    said = [{"role": message["role"], "content": plain(message["content"])} for message in history]
-    messages = [{"role": "system", "content": system}] * bool(system.strip())
-    messages += [*said, {"role": "user", "content": question}]
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    messages += [{"role": message["role"], "content": get_text(message["content"])} for message in history]
+    messages += [{"role": "user", "content": question}]
+    encode = functools.partial(encode_prompt, loaded.tokenizer, block_size=loaded.model.config.block_size)
     try:
-        sampling = Sampling(temperature, max(0, top_k or 0) or None, top_p, max_tokens or Sampling.max_tokens)
-        prompt, left_out = answer_prompt(loaded.model, loaded.tokenizer, messages, sampling.max_tokens)
+        max_tokens = max_tokens or SamplingParams.max_tokens
+        params = SamplingParams(max_tokens, temperature, max(0, top_k or 0) or None, top_p)
         seed = -1 if seed is None else seed
         cli.check_range("seed", seed, -1, 2**63 - 1)
+        prompt, n_dropped = encode(messages, max_tokens=params.max_tokens)
     except UserError as error:
-        gr.Warning(html.escape(str(error).removeprefix("--")))  # not gr.Error: it leaves the page waiting for an answer
+        gr.Warning(html.escape(str(error).removeprefix("--")))  # gr.Error would leave the page waiting for an answer
         return
-    if left_out and not answer_prompt(loaded.model, loaded.tokenizer, messages[:-2], sampling.max_tokens)[1]:
-        gr.Info("The conversation has outgrown the model's context: from now on its oldest part is left out.")
-    generator = seeded(None if seed == -1 else seed, device)
-    text, shown = "", 0.0
-    for [piece] in write(loaded.model, loaded.tokenizer, prompt, sampling, generator):
+    if n_dropped and encode(messages[:-2], max_tokens=params.max_tokens)[1] == 0:  # the first time only
+        gr.Info("The conversation no longer fits the model's context: from now on, its oldest part is dropped.")
+    generator = make_generator(None if seed == -1 else seed, device)
+    text, updated = "", 0.0
+    for [piece] in stream_text(loaded.model, loaded.tokenizer, prompt, params, generator):
         text += piece or ""
-        if time.monotonic() - shown > UPDATE_SECONDS:
+        if time.monotonic() - updated > UPDATE_SECONDS:
             yield text
-            shown = time.monotonic()
+            updated = time.monotonic()
     yield text
 
 
-def plain_chatbot(name: str) -> "gradio.Chatbot":
-    """A conversation that shows what was said letter by letter.
+def build_chatbot(name: str) -> "gradio.Chatbot":
+    """Build a `gradio.Chatbot` that shows every message verbatim.
 
-    Gradio's own would take it as HTML (and fetch the pictures that it names), and reindent it: so the browser gets it
-    escaped, and what comes back from there is unescaped.
+    Gradio's own chatbot renders messages as HTML, loads the images they name and changes their indentation. This one
+    escapes the messages it sends to the browser, and unescapes those it receives.
     """
     import gradio as gr
     from gradio.components.chatbot import ChatbotDataMessages, Message, TextMessage
@@ -201,25 +168,53 @@ def plain_chatbot(name: str) -> "gradio.Chatbot":
         buttons=[],
         placeholder=f"<h3>{html.escape(name)}</h3>",
     )
-    read = chatbot.preprocess
+    gradio_preprocess = chatbot.preprocess
 
-    def to_browser(messages: list[dict] | None) -> ChatbotDataMessages:
-        escaped = [(message["role"], html.escape(plain(message["content"]))) for message in messages or []]
+    def postprocess(messages: list[dict] | None) -> ChatbotDataMessages:
+        escaped = [(message["role"], html.escape(get_text(message["content"]))) for message in messages or []]
         return ChatbotDataMessages(
             root=[Message(role=role, content=[TextMessage(text=text)]) for role, text in escaped]
         )
 
-    def from_browser(payload: ChatbotDataMessages | None) -> list[dict]:
-        said = [(message["role"], html.unescape(plain(message["content"]))) for message in read(payload)]
-        return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+    def preprocess(payload: ChatbotDataMessages | None) -> list[dict]:
+        messages = gradio_preprocess(payload)
+        texts = [(message["role"], html.unescape(get_text(message["content"]))) for message in messages]
+        return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts]
 
-    chatbot.postprocess, chatbot.preprocess = to_browser, from_browser
+    chatbot.postprocess, chatbot.preprocess = postprocess, preprocess
     return chatbot
 
 
-def plain(content: str | list[dict]) -> str:
-    """The text of a message in the page's conversation."""
+def get_text(content: str | list[dict]) -> str:
+    """Return the text of a Gradio message, whose content is a string or a list of parts."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def serve(page: "gradio.Blocks", config: Config) -> None:
+    """Serve the page until Ctrl-C. There is no public link, no upload, and no record of the conversations."""
+    page.launch(
+        server_name=config.host,
+        server_port=config.port,
+        inbrowser=config.open and has_desktop(),
+        share=False,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        max_file_size=0,  # refuse uploads
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    try:
+        print(f"Chat with {page.title} at {page.local_url} ; press Ctrl-C to stop.", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print(flush=True)
+        os._exit(0)  # a normal exit makes torch abort while another thread is generating
+
+
+def has_desktop() -> bool:
+    """Return whether this is a terminal on a desktop, where a browser can open."""
+    return sys.stdout.isatty() and (sys.platform == "darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)))
 
 
 if __name__ == "__main__":

@@ -1,144 +1,177 @@
-"""Judge a model: exact validation loss and bits per byte, the loss of answers, and HellaSwag.
+"""Evaluate a model: exact validation loss, bits per byte, and HellaSwag.
 
-    python evaluate.py                                              # runs/dolly if it is there, else runs/gpt2
+    python evaluate.py                                              # runs/dolly if it exists, else runs/gpt2
     python evaluate.py --checkpoint runs/gpt2 --data data/fineweb_edu
     python evaluate.py --checkpoint openai-community/gpt2 --json results.jsonl
-    torchrun --standalone --nproc_per_node=8 evaluate.py            # the same figures, sooner
+    python evaluate.py --quantize int8 --no_hellaswag               # the loss with 8-bit weights
+    torchrun --standalone --nproc_per_node=8 evaluate.py            # the same figures on eight GPUs
 
-HellaSwag (Zellers et al., 2019) asks which of four endings goes on from a text.  Its 10,042 examples are slow on a CPU,
-where `--max_examples 500` gives a first idea.
+HellaSwag's 10,042 examples take minutes on a GPU and hours on a CPU; there, start with `--max_examples 500`.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import checkpoint
-import cli
-from checkpoint import Loaded
-from cli import Progress, UserError, check
-from data import ChatDataset, TokenDataset
-from evaluation import hellaswag, load_hellaswag, validation
-from files import read_json
-from training import Processes, start_processes
+import numpy as np
+from torch import nn
 
-# Accuracies on HellaSwag's validation examples, per token, without examples before the question.
-YARDSTICKS = {
+from minigpt import cli
+from minigpt.cli import InferenceConfig, Progress, UserError
+from minigpt.dataset import ChatDataset, Dataset, TokenDataset, val_batches
+from minigpt.distributed import Processes, init_processes
+from minigpt.hellaswag import evaluate_hellaswag, load_examples
+from minigpt.inference import load_for_inference
+from minigpt.pretrained import PretrainedModel
+from minigpt.shards import read_meta
+from minigpt.training import validate
+
+# Accuracies on HellaSwag's validation examples, normalised by tokens, zero-shot.
+REFERENCE_ACCURACY = {
     "chance": 0.25,
     "OpenAI's GPT-2 124M": 0.2955,  # 2,967 of 10,042; published as 29.4 to 29.6 %
 }
 
 
 @dataclass(frozen=True)
-class Config:
-    checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; None takes runs/dolly, else runs/gpt2."""
+class Config(InferenceConfig):
     data: tuple[str, ...] | None = None
-    """Dataset folders of text or conversations; None takes data/fineweb_edu and data/dolly, if there and fitting."""
+    """Dataset folders; default: data/fineweb_edu and data/dolly, if they exist and fit the model."""
     max_tokens: int | None = None
-    """Only so many tokens of a text's validation split, from its beginning; None takes all."""
+    """Number of validation tokens of a text dataset, from the start of the split; default: all."""
     hellaswag: bool = True
-    """Ask HellaSwag's questions."""
-    files: tuple[str, ...] = ()
-    """HellaSwag's examples in local .jsonl or .parquet files instead of the hub's Rowan/hellaswag."""
+    """Evaluate HellaSwag."""
+    hellaswag_files: tuple[str, ...] = ()
+    """HellaSwag's examples in local .jsonl or .parquet files; default: the hub's Rowan/hellaswag."""
     max_examples: int | None = None
-    """Only so many of the examples; None takes all."""
+    """Number of HellaSwag examples; default: all."""
     micro_batch_size: int = 8
-    """Rows that a process computes at once, for the losses."""
+    """Rows per forward pass, for the losses."""
     json: Path | None = None
-    """A file to which the figures are appended as one JSON line."""
-    device: str | None = None
-    """cuda, mps or cpu; None takes the best there is."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the matrix products."""
+    """Append the figures to this file, as one JSON line."""
 
 
 def main(config: Config) -> None:
-    for name in ("max_tokens", "max_examples", "micro_batch_size"):
-        if getattr(config, name) is not None:
-            cli.check_range(name, getattr(config, name), 1)
-    check(
-        config.hellaswag or not (config.files or config.max_examples), "--no_hellaswag leaves nothing to ask of files"
-    )
-    if config.json is not None:
-        config.json.open("a").close()  # where it cannot be written, better known now
-    procs = start_processes(config.device, config.dtype, deterministic=False)
-    loaded = checkpoint.load(config.checkpoint)
+    check_config(config)
+    procs = init_processes(config.device, "float32")
+    loaded, _ = load_for_inference(config)
     datasets = list(open_datasets(config, loaded, procs))
-    choices = load_hellaswag(config.files, loaded.tokenizer, config.max_examples) if config.hellaswag else []
-    check(bool(datasets or choices), "nothing to judge the model by: give --data, or leave --no_hellaswag out")
-    loaded.model.to(procs.device)
-    figures: dict = {"checkpoint": loaded.source, "dtype": config.dtype, "data": {}}
-    tell(procs, f"{loaded.source}: {loaded.model.config.num_parameters:,} parameters, {config.dtype}")
+    examples = load_examples(config.hellaswag_files, loaded.tokenizer, config.max_examples) if config.hellaswag else []
+    if not (datasets or examples):
+        raise UserError("nothing to evaluate: give --data, or omit --no_hellaswag")
+    precision = config.quantize or config.dtype
+    figures: dict = {"checkpoint": loaded.source, "dtype": precision, "data": {}}
+    lines = [f"{loaded.source}: {loaded.model.config.num_parameters:,} parameters, {precision}"]
     for data in datasets:
-        found = validation(loaded.model, data, procs, config.micro_batch_size, config.max_tokens)
-        figures["data"][str(data.folder)] = found
-        tell(procs, describe_loss(data, found))
-    if choices:
-        progress = Progress(len(choices), "example", enabled=procs.is_main)
-        found = hellaswag(loaded.model, choices, loaded.tokenizer, procs, progress)
+        result = evaluate_dataset(loaded.model, data, procs, config.micro_batch_size, config.max_tokens)
+        figures["data"][str(data.folder)] = result
+        lines.append(format_loss(data, result))
+    if procs.is_main:
+        print("\n".join(lines), flush=True)
+    if examples:
+        progress = Progress(len(examples), "example", enabled=procs.is_main)
+        result = evaluate_hellaswag(loaded.model, examples, loaded.tokenizer, procs, progress)
         progress.close()
-        figures |= found | {"hellaswag_examples": len(choices)}
-        tell(procs, describe_hellaswag(found, len(choices)))
+        figures |= result | {"hellaswag_examples": len(examples)}
+        if procs.is_main:
+            print(format_hellaswag(result, len(examples)))
     if config.json is not None and procs.is_main:
         with open(config.json, "a") as file:
             file.write(json.dumps(figures) + "\n")
-        print(f"-> {config.json}")
+        print(f"figures appended to {config.json}")
     procs.close()
 
 
-def open_datasets(config: Config, loaded: Loaded, procs: Processes) -> Iterator[TokenDataset | ChatDataset]:
-    """The dataset folders that are asked for, or those by the default names that fit the model.
+def check_config(config: Config) -> None:
+    """Check the flags before any work starts. Raises `UserError`."""
+    for name in ("max_tokens", "max_examples", "micro_batch_size"):
+        if getattr(config, name) is not None:
+            cli.check_range(name, getattr(config, name), 1)
+    if not config.hellaswag and (config.hellaswag_files or config.max_examples):
+        raise UserError("--no_hellaswag cannot be combined with --hellaswag_files or --max_examples")
+    if config.json is not None:
+        config.json.open("a").close()  # fails now rather than at the end
 
-    Raises `UserError` where one that is asked for is missing, damaged or does not fit.
+
+def open_datasets(config: Config, loaded: PretrainedModel, procs: Processes) -> Iterator[Dataset]:
+    """Yield the dataset folders of --data, or the default ones that fit the model.
+
+    Raises `UserError` if a folder of --data is missing, corrupt or does not fit.
     """
-    usual = [folder for folder in ("data/fineweb_edu", "data/dolly") if Path(folder).is_dir()]
-    for folder in usual if config.data is None else config.data:
+    defaults = [folder for folder in ("data/fineweb_edu", "data/dolly") if Path(folder).is_dir()]
+    for folder in defaults if config.data is None else config.data:
         try:
             yield open_dataset(folder, loaded)
         except UserError as error:
             if config.data is not None:
                 raise
             if procs.is_main:
-                print(f"left out: {error}", file=sys.stderr)
+                print(f"skipped: {error}", file=sys.stderr)
 
 
-def open_dataset(folder: str, loaded: Loaded) -> TokenDataset | ChatDataset:
-    """A dataset folder of either kind.  Raises `UserError` where it does not fit the model."""
-    meta = Path(folder, "meta.json")
-    chat = meta.is_file() and read_json(meta).get("kind") == "chat"
-    check(loaded.chat or not chat, f"--data {folder} has conversations, and {loaded.source} knows text alone")
-    data = (ChatDataset if chat else TokenDataset)(folder, loaded.model.config.block_size)
-    ours, theirs = loaded.tokenizer.name, data.tokenizer.name
-    check(ours == theirs, f"--data {folder} has {theirs} tokens, and {loaded.source} knows {ours} tokens")
+def open_dataset(folder: str, loaded: PretrainedModel) -> Dataset:
+    """Open a dataset folder of either kind. Raises `UserError` if it does not fit the model."""
+    is_chat = read_meta(Path(folder))["kind"] == "chat"
+    if is_chat and not loaded.is_chat:
+        raise UserError(f"--data {folder} holds conversations, and {loaded.source} is not a chat model")
+    data = (ChatDataset if is_chat else TokenDataset)(folder, loaded.model.config.block_size)
+    if loaded.tokenizer.name != data.tokenizer.name:
+        raise UserError(
+            f"--data {folder} has {data.tokenizer.name} tokens, {loaded.source} has {loaded.tokenizer.name} tokens"
+        )
     return data
 
 
-def describe_loss(data: TokenDataset | ChatDataset, found: dict) -> str:
+def evaluate_dataset(
+    model: nn.Module, data: Dataset, procs: Processes, micro_batch_size: int, max_tokens: int | None = None
+) -> dict[str, float]:
+    """Return the exact loss on the validation split, of text on its first `max_tokens` tokens.
+
+    Returns:
+        val_loss: nats per token; of conversations, over the assistant's tokens.
+        tokens: number of tokens in the loss.
+        bits_per_byte: text only; comparable between tokenizers.
+    """
+    n_rows, is_text = data.n_rows["val"], isinstance(data, TokenDataset)
+    if is_text and max_tokens is not None:
+        n_rows = min(n_rows, max(1, max_tokens // data.block_size))
+    val_loss = validate(model, val_batches(data, n_rows, micro_batch_size, procs.rank, procs.world_size), procs)
+    if not is_text:
+        return {"val_loss": val_loss, "tokens": int(data.meta["val"]["loss_tokens"])}
+    n_tokens = n_rows * data.block_size
+    bits = val_loss * n_tokens / math.log(2)
+    return {"val_loss": val_loss, "tokens": n_tokens, "bits_per_byte": bits / count_bytes(data, n_tokens)}
+
+
+def count_bytes(data: TokenDataset, n_tokens: int) -> int:
+    """Return the bytes of text in the validation targets, tokens 1 ... n_tokens. End of text has no bytes."""
+    tokenizer = data.tokenizer
+    lengths = np.array([*(len(tokenizer.token_bytes(token)) for token in range(tokenizer.end_of_text)), 0])
+    size = 1 << 20
+    starts = range(1, n_tokens + 1, size)
+    return sum(int(lengths[data.window("val", at, min(size, n_tokens + 1 - at))].sum()) for at in starts)
+
+
+def format_loss(data: Dataset, result: dict) -> str:
     what = f"{'answers' if isinstance(data, ChatDataset) else 'text'} in {data.folder}"
-    per_byte = f"   {found['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in found else ""
-    return f"{what:<32} loss {found['val_loss']:.4f} nats per token{per_byte}   {found['tokens']:,} tokens"
+    per_byte = f"   {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
+    return f"{what:<32} loss {result['val_loss']:.4f} nats per token{per_byte}   {result['tokens']:,} tokens"
 
 
-def describe_hellaswag(found: dict, n: int) -> str:
-    """HellaSwag's table, with what others have reached."""
-    names = {
+def format_hellaswag(result: dict, n_examples: int) -> str:
+    """Return the table of accuracies, with published ones."""
+    labels = {
         "hellaswag": "whole ending",
-        "hellaswag_norm": "per token",
-        "hellaswag_norm_chars": "per character",
+        "hellaswag_norm": "normalised by tokens",
+        "hellaswag_norm_chars": "normalised by characters",
     }
-    lines = [f"HellaSwag, {n:,} examples"]
-    lines += [f"    {names[key]:<32}{found[key]:>7.2%} ± {found[key + '_stderr']:.2%}" for key in names]
-    lines += [f"    {name + ', per token':<32}{accuracy:>7.2%}" for name, accuracy in YARDSTICKS.items()]
+    lines = [f"HellaSwag, {n_examples:,} examples"]
+    lines += [f"    {labels[key]:<42}{result[key]:>7.2%} ± {result[key + '_stderr']:.2%}" for key in labels]
+    lines += [f"    {name + ', normalised by tokens':<42}{value:>7.2%}" for name, value in REFERENCE_ACCURACY.items()]
     return "\n".join(lines)
-
-
-def tell(procs: Processes, text: str) -> None:
-    if procs.is_main:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

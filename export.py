@@ -1,35 +1,148 @@
-"""Write a checkpoint as a Hugging Face folder, which transformers, trl, vLLM, llama.cpp's converter and others read.
+"""Export a checkpoint as a Hugging Face folder that transformers, trl, vLLM and llama.cpp's converter can read.
 
-    python export.py --out exported                                 # runs/dolly if it is there, else runs/gpt2
+    python export.py --out exported                                 # runs/dolly if it exists, else runs/gpt2
     python export.py --checkpoint runs/gpt2 --out exported_gpt2
-    hf upload YOU/YOUR-MODEL exported                               # to the Hub, if you like
+    hf upload YOU/YOUR-MODEL exported                               # optional: publish it on the Hub
 
-The folder has the weights, the tokenizer, for a chat model its chat template, and a model card with what is known of
-its training.  Every script here takes such a folder as --checkpoint or --init: what was finetuned elsewhere comes home.
+The folder holds the weights, the tokenizer, a model card with the training history and, for a chat model, a chat
+template. Every script that has --checkpoint or --init reads such a folder as well, for example a model that was
+finetuned elsewhere. Takes about 10 seconds for GPT-2 124M.
 """
 
 import json
 import shlex
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-import checkpoint
-import cli
-from checkpoint import Loaded
-from cli import UserError, check
-from files import flush, publish, write_json
-from sampling import Sampling
-from tokenizer import CHAT_TOKENS, Tokenizer
+from minigpt import cli
+from minigpt.cli import CheckpointConfig, UserError
+from minigpt.files import atomic_rename, fsync, write_json
+from minigpt.pretrained import PretrainedModel, load_pretrained, save_hf
+from minigpt.sampling import SamplingParams
+from minigpt.tokenizer import CHAT_TOKENS, Tokenizer
 
-# A message's text must not become a special token, and these libraries look for the tokens' names in the whole
-# conversation: a name that somebody typed gets a space in it.  Otherwise the tokens are those of `encode_chat`, and
-# {% generation %} holds those that are learned, for trl's assistant_only_loss.
+
+@dataclass(frozen=True)
+class Config(CheckpointConfig):
+    out: Path = Path("exported")
+    """Folder to create."""
+
+
+def main(config: Config) -> None:
+    out = config.out
+    check_out(out)
+    loaded = load_pretrained(config.checkpoint)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as folder:
+            write_files(Path(folder), loaded)
+            atomic_rename(Path(folder), out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from None
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(f"exported {loaded.source} to {out}: {loaded.model.config.num_parameters:,} parameters, {size:,.1f} MB")
+    print(f"serve it with: transformers serve {shlex.quote(str(out))} (other uses: docs/integrations.md)")
+
+
+def check_out(out: Path) -> None:
+    """Raise `UserError` unless `out` is absent or an empty folder."""
+    if str(out) == ".":
+        raise UserError("--out is empty: name a folder to create")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists already: delete it or choose another folder")
+
+
+def write_files(folder: Path, loaded: PretrainedModel) -> None:
+    """Write every file of the exported folder and flush it to disk."""
+    save_hf(loaded.model, folder)
+    tokenizer = loaded.tokenizer
+    stop_tokens = [tokenizer.end_of_text]
+    if loaded.is_chat:
+        stop_tokens = [tokenizer.end_of_turn, tokenizer.end_of_text, *tokenizer.role_tokens.values()]
+    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": stop_tokens[0], "pad_token_id": tokenizer.end_of_text}
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | ids | {"dtype": "float32"})
+    defaults = SamplingParams()
+    # transformers does not check that prompt and reply fit into the context: leave half of it to the prompt.
+    max_tokens = min(defaults.max_tokens, loaded.model.config.block_size // 2)
+    generation = ids | {"eos_token_id": stop_tokens, "max_new_tokens": max_tokens}
+    generation |= {"do_sample": True, "temperature": defaults.temperature, "top_k": defaults.top_k}
+    write_json(folder / "generation_config.json", generation)
+    build_tokenizer(tokenizer, loaded.is_chat).save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(loaded))
+    if loaded.is_chat:
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "README.md").write_text(model_card(loaded))
+    folder.chmod(0o755)  # tempfile and safetensors allow only the owner; a server may run as another user
+    for file in folder.iterdir():
+        file.chmod(0o644)
+        fsync(file)
+
+
+def build_tokenizer(tokenizer: Tokenizer, chat: bool) -> Any:
+    """Build the same byte-level BPE as a `tokenizers.Tokenizer`; `chat` adds the chat tokens.
+
+    transformers' `TikTokenConverter` gives a different file, with 108,299 merges for GPT-2 instead of OpenAI's 50,000.
+    """
+    try:
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as HFTokenizer
+    except ImportError:
+        raise UserError("export.py needs the tokenizers package: pip install -r requirements-extra.txt") from None
+    # The library writes a printable byte as the character with that code, any other byte as one from U+0100 on.
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    replacements = iter(sorted(alphabet - set(map(chr, range(256)))))
+    characters = [chr(byte) if chr(byte) in alphabet else next(replacements) for byte in range(256)]
+
+    def to_unicode(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    ranks = {tokenizer.token_bytes(token): token for token in range(tokenizer.end_of_text)}
+    vocab = {to_unicode(token): rank for token, rank in ranks.items()}
+    merges = [(to_unicode(left), to_unicode(right)) for left, right in find_merges(ranks)]
+    hf_tokenizer = HFTokenizer(models.BPE(vocab=vocab, merges=merges))
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.name == "gpt2")
+    hf_tokenizer.decoder = decoders.ByteLevel()
+    special = ("<|endoftext|>", *(CHAT_TOKENS if chat else ()))
+    hf_tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return hf_tokenizer
+
+
+def find_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the pair of tokens that each longer token is merged from, in the order of the ranks.
+
+    The pair is what byte-pair encoding makes of the token's bytes when it may use only tokens of lower rank.
+    """
+    for token, rank in ranks.items():
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+def tokenizer_config(loaded: PretrainedModel) -> dict:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|end|>" if loaded.is_chat else "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": loaded.model.config.block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+# The template gives the same tokens as `encode_chat`. Transformers replaces the names of special tokens anywhere in the
+# conversation, so names in a message's text get a space to stay ordinary text. {% generation %} marks the loss mask for
+# trl's assistant_only_loss.
 CHAT_TEMPLATE = """\
 {{- '<|endoftext|>' }}
 {%- for message in messages %}
@@ -52,183 +165,82 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-# What the sources ask for, by their names on the hub.
-LICENSES = {
-    "HuggingFaceFW/fineweb-edu": "FineWeb-Edu is under ODC-By 1.0: name it where you publish what is made of it.",
-    "databricks/databricks-dolly-15k": "databricks-dolly-15k is under CC BY-SA 3.0: name it, and share alike.",
-}
 
-
-@dataclass(frozen=True)
-class Config:
-    checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; None takes runs/dolly, else runs/gpt2."""
-    out: Path = Path("exported")
-    """The folder to make."""
-
-
-def main(config: Config) -> None:
-    taken = config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir()))
-    check(not taken, f"--out {config.out} is there already: delete it, or choose another")
-    check(str(config.out) != ".", "--out is empty: name a folder")
-    loaded = checkpoint.load(config.checkpoint)
-    temporary = None
-    try:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{config.out.name}.", dir=config.out.parent))
-        write_folder(temporary, loaded)
-        publish(temporary, config.out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--out {config.out} could not be written: {error}") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    size = sum(file.stat().st_size for file in config.out.iterdir())
-    out = shlex.quote(str(config.out))
-    print(f"{loaded.source} -> {config.out}, {size / 1e6:,.1f} MB: {loaded.model.config.num_parameters:,} parameters")
-    print(f"next: transformers serve {out}; or hf upload YOU/YOUR-MODEL {out}; see 'Use it elsewhere' in README.md")
-
-
-def write_folder(folder: Path, loaded: Loaded) -> None:
-    """All of the files, flushed to disk."""
-    tokenizer = loaded.tokenizer
-    ends = [tokenizer.end_of_text]
-    if loaded.chat:
-        ends = [tokenizer.end_of_turn, *ends, *tokenizer.role_tokens.values()]
-    loaded.model.save_pretrained(folder)
-    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": ends[0], "pad_token_id": tokenizer.end_of_text}
-    config = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", config | ids | {"dtype": "float32"})
-    usual = Sampling()
-    sampling = {"do_sample": True, "temperature": usual.temperature, "top_k": usual.top_k}
-    # transformers makes so many tokens without asking whether they fit the context behind the prompt.
-    most = min(usual.max_tokens, loaded.model.config.block_size // 2)
-    generation = ids | {"eos_token_id": ends, "max_new_tokens": most} | sampling
-    write_json(folder / "generation_config.json", generation)
-    build_tokenizer(tokenizer, loaded.chat).save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", tokenizer_config(loaded))
-    if loaded.chat:
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    (folder / "README.md").write_text(model_card(loaded))
-    folder.chmod(0o755)  # it was made for the owner alone, as safetensors' files are; a server may be somebody else
-    for file in folder.iterdir():
-        file.chmod(0o644)
-        flush(file)
-
-
-# ---- the tokenizer -------------------------------------------------------------------------------------------------
-
-
-def build_tokenizer(tokenizer: Tokenizer, chat: bool) -> Any:
-    """The same tokenizer as the `tokenizers` library's byte-level BPE; `chat` adds the roles and the end of a turn.
-
-    That library writes each byte as a visible character: those that are one in Latin-1 as themselves, the others as
-    the characters from U+0100 on.
-    """
-    try:
-        from tokenizers import AddedToken, decoders, models, pre_tokenizers
-        from tokenizers import Tokenizer as HFTokenizer
-    except ImportError:
-        raise UserError("export.py needs the tokenizers package: pip install -r requirements-extra.txt") from None
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    character = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-    def written(token: bytes) -> str:
-        return "".join(character[byte] for byte in token)
-
-    ranks = {tokenizer.text_bytes(token): token for token in range(tokenizer.end_of_text)}
-    vocab = {written(token): rank for token, rank in ranks.items()}
-    merges = [(written(left), written(right)) for left, right in find_merges(ranks)]
-    built = HFTokenizer(models.BPE(vocab=vocab, merges=merges))
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.name == "gpt2")
-    built.decoder = decoders.ByteLevel()
-    special = ("<|endoftext|>", *(CHAT_TOKENS if chat else ()))
-    built.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return built
-
-
-def find_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The two tokens that each token of several bytes was merged from, in the order of the merges.
-
-    They are what byte-pair encoding makes of its bytes with the tokens before it alone.
-    """
-    for token, rank in ranks.items():
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
-            i = pairs.index(min(pairs))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
-
-
-def tokenizer_config(loaded: Loaded) -> dict:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|end|>" if loaded.chat else "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "model_max_length": loaded.model.config.block_size,
-        "clean_up_tokenization_spaces": False,
-    }
-
-
-# ---- the model card ------------------------------------------------------------------------------------------------
-
-
-def model_card(loaded: Loaded) -> str:
-    """README.md: what the checkpoint knows of its training, in the Hub's form."""
+def model_card(loaded: PretrainedModel) -> str:
+    """Return README.md in the Hub's format, with the checkpoint's training history."""
     from huggingface_hub import ModelCardData
 
     config, folder = loaded.model.config, Path(loaded.source)
     folder = folder.resolve() if folder.is_dir() else folder
     name = folder.parent.name if folder.name.startswith("step_") else folder.name
     datasets = [dataset for training in loaded.history for dataset in hub_datasets(training["source"])]
-    data = ModelCardData(
+    metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         datasets=datasets or None,
-        tags=["gpt2", "conversational"] if loaded.chat else ["gpt2"],
+        tags=["gpt2", "conversational"] if loaded.is_chat else ["gpt2"],
     )
-    kind = "answers in conversations" if loaded.chat else "continues texts"
+    ability = "answers in conversations" if loaded.is_chat else "continues texts"
     lines = [
-        f"---\n{data.to_yaml()}\n---\n",
+        f"---\n{metadata.to_yaml()}\n---\n",
         f"# {name}\n",
-        f"A GPT-2 that {kind}: {config.num_parameters:,} parameters in {config.n_layer} layers of {config.n_embd}"
+        f"A GPT-2 that {ability}: {config.num_parameters:,} parameters in {config.n_layer} layers of {config.n_embd}"
         f" dimensions and {config.n_head} heads, a context of {config.block_size:,} tokens, the {loaded.tokenizer.name}"
-        f" tokenizer with {config.vocab_size:,} tokens.  Weights in float32.\n",
+        f" tokenizer with {config.vocab_size:,} tokens. Weights in float32.\n",
         "## Use\n",
         "```python\nfrom transformers import pipeline\n",
         'generate = pipeline("text-generation", model="FOLDER OR HUB ID")',
-        USE_CHAT if loaded.chat else USE_TEXT,
+        CHAT_USAGE if loaded.is_chat else TEXT_USAGE,
         "```\n",
         f"Prompt and answer together must fit the context of {config.block_size:,} tokens.\n",
         "## Training\n",
-        *map(describe_training, loaded.history),
+        *map(format_training, loaded.history),
         "## Limits and licences\n",
-        "A small model: it says what is likely, not what is true.  It was not tested for safety or bias.\n",
+        "A small model: it says what is likely, not what is true. It was not tested for safety or bias.\n",
         *(f"{LICENSES[dataset]}\n" for dataset in dict.fromkeys(datasets) if dataset in LICENSES),
     ]
     return "\n".join(lines)
 
 
-USE_CHAT = """\
+CHAT_USAGE = """\
 messages = [{"role": "user", "content": "Why is the sky blue?"}]
 print(generate(messages)[0]["generated_text"][-1]["content"])"""
-USE_TEXT = 'print(generate("Once upon a time")[0]["generated_text"])'
+TEXT_USAGE = 'print(generate("Once upon a time")[0]["generated_text"])'
+
+LICENSES = {  # hub dataset -> what its licence requires
+    "HuggingFaceFW/fineweb-edu": "FineWeb-Edu is under ODC-By 1.0: name it where you publish what is made of it.",
+    "databricks/databricks-dolly-15k": "databricks-dolly-15k is under CC BY-SA 3.0: name it, and share alike.",
+}
 
 
 def hub_datasets(source: Any) -> list[str]:
-    """The datasets on the hub that a manifest's "source" names."""
+    """Return the hub datasets in the "source" entry of a dataset's meta.json."""
     if not isinstance(source, dict):
         return []
     own = [source["dataset"]] if "dataset" in source else []
     return own + [dataset for part in source.get("mix", []) for dataset in hub_datasets(part)]
 
 
-def describe_source(source: Any) -> str:
-    """A manifest's "source", or that of someone else's weights, in words."""
+def format_training(training: dict) -> str:
+    """Format one training as a sentence and a table of results and hyperparameters."""
+    config = training.get("config")
+    if not config:
+        return f"Weights from {format_source(training['source'])}.\n"
+    verb = "Finetuned" if "init" in config else "Pretrained"
+    loss = training["metrics"].get("val_loss")
+    rows = {
+        "steps": f"{training['step']:,}",
+        "tokens": f"{training['step'] * config['batch_tokens']:,}",
+        "validation loss, nats per token": f"{loss:.4f}" if loss is not None else "not measured",
+    }
+    for name in ("batch_tokens", "lr", "warmup_fraction", "weight_decay", "grad_clip", "dropout", "seed"):
+        rows[name] = str(config[name])
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"{verb} on {format_source(training['source'])}.\n\n| | |\n|---|---|\n{table}"
+
+
+def format_source(source: Any) -> str:
+    """Format a "source" entry: that of a dataset's meta.json, or the folder or hub id of downloaded weights."""
     if isinstance(source, str) or not source:
         return f"`{source}`" if source else "an unknown source"
     if "dataset" in source:
@@ -236,25 +248,7 @@ def describe_source(source: Any) -> str:
         return f"{source['dataset']}{'/' + source['name'] if source.get('name') else ''}{revision}"
     if "files" in source:
         return f"local files: {', '.join(Path(file['file']).name for file in source['files'])}"
-    return "; ".join(f"{part.get('weight', 1):g} x {describe_source(part)}" for part in source.get("mix", []))
-
-
-def describe_training(training: dict) -> str:
-    """One training as a paragraph and a table of its figures and its recipe."""
-    config = training.get("config")
-    if not config:
-        return f"Weights from {describe_source(training['source'])}.\n"
-    verb = "Finetuned" if "init" in config else "Pretrained"
-    loss = training["metrics"].get("val_loss")
-    figures = {
-        "steps": f"{training['step']:,}",
-        "tokens": f"{training['step'] * config['batch_tokens']:,}",
-        "validation loss, nats per token": f"{loss:.4f}" if loss is not None else "not measured",
-    }
-    recipe = ("batch_tokens", "lr", "warmup_fraction", "weight_decay", "grad_clip", "dropout", "seed")
-    rows = figures | {name: str(config[name]) for name in recipe}
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    return f"{verb} on {describe_source(training['source'])}.\n\n| | |\n|---|---|\n{table}"
+    return "; ".join(f"{part.get('weight', 1):g} x {format_source(part)}" for part in source.get("mix", []))
 
 
 if __name__ == "__main__":

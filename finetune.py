@@ -1,166 +1,153 @@
-"""Teach a pretrained model to answer, on the conversations of a dataset folder.
+"""Finetune a pretrained model on conversations, so that it answers.
 
-    python finetune.py                                              # the best checkpoint of runs/gpt2, on data/dolly
-    python finetune.py --init openai-community/gpt2                 # OpenAI's GPT-2 124M from the hub instead
-    python finetune.py --init runs/mine --data data/mine_chat --run mine_chat
+    python finetune.py                                              # runs/gpt2 on data/dolly, into runs/dolly
+    python finetune.py --init openai-community/gpt2                 # OpenAI's GPT-2 124M from the hub
+    python finetune.py --init runs/mine --data data/mine_chat --out runs/mine_chat
     torchrun --standalone --nproc_per_node=8 finetune.py
 
-Only what the assistant says is learned.  The same command again goes on where the run stopped.  Three epochs of
-Dolly-15k are some six hundred steps: minutes on one GPU.
+The loss covers the assistant's messages only. If a run is interrupted, run the same command again to resume. Three
+epochs of Dolly-15k are about six hundred steps: minutes on one GPU.
 """
 
 import math
 import shlex
 import time
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-import checkpoint
-import cli
-from checkpoint import best, run_folder
-from cli import check
-from data import ChatDataset, all_train_batches, val_batches
-from runs import Log, Run
-from training import (
-    batch_rows,
-    build_optimizer,
-    check_training,
-    choose_micro_batch_size,
-    describe,
-    lr_at,
-    parallelize,
-    seed_step,
-    start_processes,
-    train_step,
-    validate,
-)
+from minigpt import cli, training
+from minigpt.checkpoint import find_best, find_newest
+from minigpt.cli import UserError, resumable
+from minigpt.dataset import ChatDataset, train_batches, val_batches
+from minigpt.distributed import init_processes, parallelize
+from minigpt.metrics import MetricsLogger
+from minigpt.optim import build_optimizer, get_lr
+from minigpt.prefetch import prefetch
+from minigpt.pretrained import PretrainedModel, load_pretrained
+from minigpt.run import Run
+from minigpt.training import TrainConfig
+from model import GPT
 
 
 @dataclass(frozen=True)
-class Config:
-    init: str = "runs/gpt2"
-    """The weights to start from: a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id."""
-    data: str = "data/dolly"
-    """The dataset folder that prepare_dolly.py made."""
-    run: str = "dolly"
-    """The run: a name under runs/, or a path with a slash in it."""
-    epochs: float = 3.0
-    """How often every conversation is seen."""
-    steps: int | None = None
-    """Optimiser steps instead of epochs."""
+class Config(TrainConfig):
+    data: str = resumable("data/dolly")
+    out: str = resumable("runs/dolly")
     batch_tokens: int = 16_384
-    """Tokens per step over all processes: packed rows, questions and padding counted."""
-    micro_batch_size: int | None = None
-    """Rows computed at once, gradients of the rest being added; None takes what the run had, else the most that fit."""
     lr: float = 1e-4
-    """The highest learning rate."""
     warmup_fraction: float = 0.05
-    """The part of the steps in which the learning rate rises; it then falls along a cosine to a tenth."""
-    weight_decay: float = 0.1
-    """Of the matrices."""
-    grad_clip: float = 1.0
-    """The longest gradient."""
     dropout: float = 0.1
-    """The fraction of activations that is dropped while training."""
-    val_every: int = 50
-    """Steps between two validations, on the whole validation split."""
-    save_every: int = 100
-    """Steps between two checkpoints; each is validated too, so that the best one is known."""
-    keep: int = 2
-    """The newest checkpoints that stay; the best one stays as well."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where the log goes besides log.jsonl."""
-    seed: int = 1337
-    """Decides the order of the data and the dropout."""
-    device: str | None = None
-    """cuda, mps or cpu; None takes the best there is."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the matrix products; None takes bfloat16 where a GPU has it."""
-    deterministic: bool = False
-    """Only GPU kernels that give the same bits each time: slower, and resumed runs equal uninterrupted ones exactly."""
-    max_minutes: float | None = None
-    """Save and stop after so long, with exit code 75; the same command goes on."""
-    compile: bool = field(default_factory=torch.cuda.is_available)
-    """Compile the model; the first step then takes about a minute."""
+    val_every: int = resumable(50)
+    save_every: int = resumable(100)
+    init: str = "runs/gpt2"
+    """The initial model: a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id."""
+    epochs: float = 3.0
+    """Passes over the conversations."""
+    steps: int | None = None
+    """Optimiser steps, instead of --epochs."""
 
 
 def main(config: Config) -> None:
-    check_training(config)
-    cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
-    if config.steps is not None:
-        cli.check_range("steps", config.steps, 1)
-        cli.check(config.epochs == Config.epochs, "--epochs and --steps exclude each other: give one")
-    procs = start_processes(config.device, config.dtype, config.deterministic)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN where there is a mask (pytorch issue 196678)
-    resumed = checkpoint.newest_whole(run_folder(config.run))  # then --init is not needed any more
-    start = checkpoint.load(str(resumed or config.init))
-    block_size = start.model.config.block_size
-    rows = batch_rows(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
+    check_config(config)
+    procs = init_processes(config.device, config.dtype, config.deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN with masks (pytorch issue 196678)
+    resumed = find_newest(Path(config.out))  # has all weights: --init is not needed
+    initial = load_pretrained(str(resumed or config.init))
+    block_size = initial.model.config.block_size
+    batch_size = training.get_batch_size(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = ChatDataset(config.data, block_size)
-    check_tokenizer(config, start, data)
-    steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / rows)
-    run = Run(config, data, procs, start.history)
+    check_tokenizer(config, initial, data)
+    steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / batch_size)
+    run = Run(config, data, procs, initial.history)
 
-    model = start.model.adapt(data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
+    model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
     step = run.resume(model, optimizer)
-    micro_batch_size = choose_micro_batch_size(config, run.held, model, data, optimizer, rows, procs)
+    micro_batch_size = training.choose_micro_batch_size(config, run.saved_flags, model, data, optimizer, procs)
     config = run.config = replace(config, micro_batch_size=micro_batch_size)
-    trained = parallelize(model, procs, config.compile)
+    train_model = parallelize(model, procs, config.compile)
     if procs.is_main:
-        tell_data(config, data)
-        epochs = steps * rows / data.n_rows["train"]
-        print(f"run        {run.folder}: {steps:,} steps, {epochs:.2f} epochs, {step:,} steps done")
-        describe(config, start.source, model, procs, rows)
-    todo = range(step, steps)
-    batches = all_train_batches(data, todo, config.seed, rows, micro_batch_size, procs.rank, procs.world_size)
-    log = Log(run, model, step, steps, config.batch_tokens)
+        print_data(config, data)
+        epochs = steps * batch_size / data.n_rows["train"]
+        print(f"run        {run.folder}: {steps:,} steps, {epochs:.2f} epochs, {step:,} completed")
+        training.print_model_and_batch(config, initial.source, model, procs, batch_size)
+    sizes = (batch_size, micro_batch_size, procs.rank, procs.world_size)
+    batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, steps))
+    logger = MetricsLogger(run, model, step, steps, config.batch_tokens)
 
     def validation_loss() -> float:
         batches = val_batches(data, data.n_rows["val"], micro_batch_size, procs.rank, procs.world_size)
-        return validate(trained, batches, procs)
+        return training.validate(train_model, batches, procs)
 
     if step == 0:
-        log.validation(step, validation_loss())
+        logger.log_validation(step, validation_loss())
     while not run.stop_requested() and step < steps:
         started = time.perf_counter()
-        lr = lr_at(step, steps, config.lr, config.warmup_fraction)
-        seed_step(config.seed, step, procs.rank)
-        metrics = train_step(trained, next(batches), optimizer, lr, config.grad_clip, procs)
+        lr = get_lr(step, steps, config.lr, config.warmup_fraction)
+        training.seed_step(config.seed, step, procs.rank)
+        metrics = training.train_step(train_model, next(batches), optimizer, lr, config.grad_clip, procs)
         step += 1
-        log.step(step, metrics, lr, started)
+        logger.log_step(step, metrics, lr, started)
         save = step % config.save_every == 0 or step == steps
         if save or step % config.val_every == 0:
             val_loss = validation_loss()
-            log.validation(step, val_loss)
+            logger.log_validation(step, val_loss)
         if save:
             run.save(step, model, optimizer, {"val_loss": val_loss})
-    log.close()
+    logger.close()
     if step < steps:
-        run.stop(step, model, optimizer)
+        run.save_and_exit(step, model, optimizer)
     if procs.is_main:
-        print(f"done: {step:,} steps; best checkpoint {best(run.folder)}")
+        print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
         print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --chat")
     procs.close()
 
 
-def check_tokenizer(config: Config, start: checkpoint.Loaded, data: ChatDataset) -> None:
-    """The model and the data must speak of the same tokens."""
-    check(
-        start.tokenizer.name == data.tokenizer.name,
-        f"{config.data} has {data.tokenizer.name} tokens and {start.source} knows {start.tokenizer.name} tokens: run"
-        f" prepare_dolly.py with --tokenizer {start.tokenizer.name}",
-    )
+def check_config(config: Config) -> None:
+    """Check the flags before any work starts. Raises `UserError`."""
+    training.check_train_config(config)
+    cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
+    if config.steps is not None:
+        cli.check_range("steps", config.steps, 1)
+        if config.epochs != Config.epochs:
+            raise UserError("--epochs and --steps cannot be combined: give one of them")
 
 
-def tell_data(config: Config, data: ChatDataset) -> None:
-    """Print what there is to learn, and how well it is packed."""
-    train, rows = data.meta["train"], data.n_rows["train"]
+def check_tokenizer(config: Config, initial: PretrainedModel, data: ChatDataset) -> None:
+    """Raise `UserError` if model and data have different tokenizers."""
+    if initial.tokenizer.name != data.tokenizer.name:
+        raise UserError(
+            f"{config.data} has {data.tokenizer.name} tokens, {initial.source} has {initial.tokenizer.name} tokens: run"
+            f" prepare_dolly.py with --tokenizer {initial.tokenizer.name}"
+        )
+
+
+@torch.no_grad()
+def add_chat_tokens(model: GPT, vocab_size: int, dropout: float) -> GPT:
+    """Return the model with a larger vocabulary (in the padding if it fits) and another dropout.
+
+    New tokens start as the mean of all others, which is more neutral than random vectors.
+    """
+    old = model.config
+    assert vocab_size >= old.vocab_size
+    config = replace(old, vocab_size=vocab_size, dropout=dropout)
+    weight = model.wte.weight.new_zeros(config.padded_vocab_size, config.n_embd)
+    weight[: old.vocab_size] = model.wte.weight[: old.vocab_size]
+    weight[old.vocab_size : vocab_size] = model.wte.weight[: old.vocab_size].mean(dim=0)
+    with torch.device("meta"):
+        chat_model = GPT(config)
+    chat_model.load_state_dict(model.state_dict() | {"wte.weight": weight}, assign=True)
+    return chat_model
+
+
+def print_data(config: Config, data: ChatDataset) -> None:
+    """Print the size of the dataset and how full its packed rows are."""
+    train, n_rows = data.meta["train"], data.n_rows["train"]
     print(
-        f"data       {config.data}: {train['documents']:,} conversations packed into {rows:,} rows,"
-        f" {train['tokens'] / (rows * data.block_size):.1%} full; {train['learned_tokens']:,} tokens to learn"
+        f"data       {config.data}: {train['documents']:,} conversations packed into {n_rows:,} rows,"
+        f" {train['tokens'] / (n_rows * data.block_size):.1%} full; {train['loss_tokens']:,} tokens in the loss"
     )
 
 

@@ -1,13 +1,12 @@
-"""Draw what the logs of one or several runs tell: losses, learning rate, speed.
+"""Plot the training curves of one or more runs: losses, learning rate, speed and HellaSwag accuracy.
 
-    python plot.py gpt2                                             # runs/gpt2, into loss.png
+    python plot.py runs/gpt2                                        # writes loss.png
     python plot.py runs/demo runs/demo_chat --x hours --out demo.png
-    python plot.py runs/lr_* --x steps                              # a sweep, beside each other
+    python plot.py runs/lr_* --x steps                              # compare the runs of a sweep
 
-The losses of a run's first twentieth may lie above the picture, so that the rest can be told apart.  The axis of the
-losses is logarithmic where what is left spans more than a factor of 2, those of learning rate and speed where the runs
-are more than a factor of 10 apart.  Hours are those of the training steps, worked out from the tokens/s of each: the
-log keeps no clock, so validating, saving and pauses are not in them.
+Takes a few seconds. The first 5% of a run may lie above the loss axis. Axes are logarithmic if the other losses span
+more than a factor of 2, or if learning rate or speed differ by more than a factor of 10 between runs. Hours are
+computed from the logged tokens/s; they exclude validation, checkpoints and pauses.
 """
 
 import contextlib
@@ -22,97 +21,85 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
-import cli
-from checkpoint import run_folder
+from minigpt import cli
+from minigpt.cli import UserError
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; dashes and markers differ too.
+# The colorblind-safe palette of Okabe and Ito; dashes and markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 1.5)), (0, (2, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (12, 2)))
 MARKERS = "os^DvP"
-KEYS = ("loss", "val_loss", "lr", "tokens_per_s", "hellaswag", "hellaswag_norm")  # of a log's rows
-NOISY = ("loss", "tokens_per_s")
+KEYS = ("loss", "val_loss", "lr", "tokens_per_s", "hellaswag", "hellaswag_norm")  # of the rows in log.jsonl
+NOISY_KEYS = ("loss", "tokens_per_s")
 TITLES = {"loss": "Training loss", "val_loss": "Validation loss", "lr": "Learning rate"}
 TITLES |= {"tokens_per_s": "Tokens per second", "hellaswag": "HellaSwag accuracy"}
-EARLY = 0.05  # the part of a run whose high losses may leave the picture, for the rest to be seen
-UNITS = {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "k"}
-Curves = dict[str, np.ndarray]  # of one run, by key: (2, n), x and y, which is NaN where a step was skipped
+EARLY_FRACTION = 0.05  # start of a run; its losses do not affect the range of the loss axis
+SUFFIXES = {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "k"}
+Curves = dict[str, np.ndarray]  # key -> (2, n): x and y; y is NaN at a skipped step
 
 
 @dataclass(frozen=True)
 class Config:
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """The runs: names under runs/, or paths with a slash in them."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders to plot."""
     out: Path = Path("loss.png")
-    """The picture: .png, .pdf or .svg."""
+    """File to write: .png, .pdf or .svg."""
     x: Literal["tokens", "hours", "steps"] = "tokens"
-    """What the curves are drawn against."""
+    """Quantity on the x axis."""
     smooth: float = 0.02
-    """The part of a run's steps over which training loss and speed are averaged; 0 leaves them as they are."""
+    """Fraction of a run's steps over which training loss and speed are averaged; 0 disables smoothing."""
 
 
 def main(config: Config) -> None:
     cli.check_range("smooth", config.smooth, 0, 1)
-    cli.check(config.out.suffix in (".png", ".pdf", ".svg"), f"--out {config.out}: it must end in .png, .pdf or .svg")
-    names = [name for name in dict.fromkeys(config.runs) if not run_folder(name).is_file()]  # runs/* has pictures too
-    cli.check(bool(names), "no run is named: give names under runs/, or folders with a log.jsonl")
-    runs = {name.removeprefix("runs/").rstrip("/"): curves(read_log(run_folder(name)), config.x) for name in names}
-    draw(runs, config).savefig(config.out)
-    print(f"{config.out}: {', '.join(runs)}")
+    if config.out.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {config.out}: the file name must end in .png, .pdf or .svg")
+    folders = [path for path in config.runs if not path.is_file()]  # runs/* also matches pictures
+    if not folders:
+        raise UserError("no run folder given: name at least one, as in plot.py runs/gpt2")
+    runs = {str(folder).removeprefix("runs/"): get_curves(read_log(folder), config.x) for folder in folders}
+    draw_figure(runs, config).savefig(config.out)
+    print(f"wrote {config.out} with the curves of {', '.join(runs)}")
 
 
 def read_log(run: Path) -> list[dict]:
-    """The rows of a run's log, without a line that a crash cut short.  Raises `UserError` where there are none."""
+    """Return the rows of a run's log and skip damaged lines. Raises `UserError` if the log is missing or empty."""
     file, rows = run / "log.jsonl", []
-    cli.check(file.is_file(), f"{run} has no log.jsonl: name a run that pretrain.py or finetune.py made")
+    if not file.is_file():
+        raise UserError(f"{run} has no log.jsonl: name a folder that pretrain.py or finetune.py wrote, e.g. runs/gpt2")
     for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # a crash can cut off the last line
             rows.append(json.loads(line))
     rows = [row for row in rows if isinstance(row, dict) and {"step", "tokens"} <= row.keys()]
-    cli.check(any(set(KEYS) & row.keys() for row in rows), f"{file} has no steps yet: wait for the first")
+    if not any(set(KEYS) & row.keys() for row in rows):
+        raise UserError(f"{file} has no steps yet: wait for the first one")
     return rows
 
 
-def curves(rows: list[dict], x: str) -> Curves:
-    """The curves of a log."""
+def get_curves(rows: list[dict], x: str) -> Curves:
+    """Return the curve of each key in the log; `x` is "tokens", "hours" or "steps"."""
+    steps, tokens = [row["step"] for row in rows], [row["tokens"] for row in rows]
     timed = [row for row in rows if row.get("tokens_per_s")]
     seconds = np.diff([0, *(row["tokens"] for row in timed)]) / [row["tokens_per_s"] for row in timed]
-    hours = np.cumsum([0, *seconds]) / 3600
-    at = {"tokens": [row["tokens"] for row in rows], "steps": [row["step"] for row in rows]}
-    at["hours"] = np.interp(at["steps"], [0, *(row["step"] for row in timed)], hours)
-    points = {key: [(place, row[key]) for place, row in zip(at[x], rows, strict=True) if key in row] for key in KEYS}
+    hours = np.interp(steps, [0, *(row["step"] for row in timed)], np.cumsum([0, *seconds]) / 3600)
+    values = {"tokens": tokens, "hours": hours, "steps": steps}[x]
+    points = {key: [(value, row[key]) for value, row in zip(values, rows, strict=True) if key in row] for key in KEYS}
     return {key: np.array(points[key], dtype=float).T for key in KEYS if points[key]}  # None becomes NaN
 
 
-def smoothed(values: np.ndarray, part: float) -> np.ndarray:
-    """The mean of a window around each value, `part` of all wide; it begins narrow, so that a steep start stays."""
-    index, half = np.arange(len(values)), round(part * len(values) / 2)
-    first, last = np.maximum(index - half, 0), np.minimum(index + np.minimum(index, half), len(values) - 1)
-    sums = np.concatenate([[0], np.cumsum(values)])
-    return (sums[last + 1] - sums[first]) / (last + 1 - first)
-
-
-def shown(run: Curves, key: str, smooth: float) -> tuple[np.ndarray, np.ndarray]:
-    """A curve as it is drawn: without skipped steps, and smoothed if it is noisy."""
-    x, y = run.get(key, np.empty((2, 0)))
-    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    return x, smoothed(y, smooth) if smooth and key in NOISY else y
-
-
-def draw(runs: dict[str, Curves], config: Config) -> Figure:
-    """The picture: losses above, the rest below, the legend over and the caption under them."""
+def draw_figure(runs: dict[str, Curves], config: Config) -> Figure:
+    """Draw the losses in the top row and the other metrics in the bottom row; `runs` maps legend labels to curves."""
     hellaswag = any({"hellaswag", "hellaswag_norm"} & run.keys() for run in runs.values())
-    below = ["lr", "tokens_per_s", *(["hellaswag"] if hellaswag else [])]
-    mosaic = [["loss"] * 3 + ["val_loss"] * 3, [panel for panel in below for _ in range(6 // len(below))]]
+    bottom_row = ["lr", "tokens_per_s", *(["hellaswag"] if hellaswag else [])]
+    mosaic = [["loss"] * 3 + ["val_loss"] * 3, [panel for panel in bottom_row for _ in range(6 // len(bottom_row))]]
     figure = Figure(figsize=(13, 8.5), dpi=130, layout="constrained")
     axes = figure.subplot_mosaic(mosaic, height_ratios=[3, 2])
-    for i, (name, run) in enumerate(runs.items()):
-        draw_run(axes, i, name, run, config.smooth)
+    for i, (label, run) in enumerate(runs.items()):
+        draw_run(axes, i, label, run, config.smooth)
     for panel, axis in axes.items():
-        scale(axis, panel, list(runs.values()), config.smooth)
-        dress(axis, panel, config.x)
-    labels = axes["loss"].get_legend_handles_labels()
-    columns = min(3, len(runs))
-    figure.legend(*labels, loc="outside upper center", ncols=columns, handlelength=4, frameon=False, fontsize=11)
+        set_y_scale(axis, panel, list(runs.values()), config.smooth)
+        style_axis(axis, panel, config.x)
+    legend = {"ncols": min(3, len(runs)), "handlelength": 4, "frameon": False, "fontsize": 11}
+    figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside upper center", **legend)
     average = f"Training loss and speed: mean over {100 * config.smooth:.3g} % of a run's steps, each step faint."
     skipped = any(np.isnan(run["loss"]).any() for run in runs.values() if "loss" in run)
     caption = average * (config.smooth > 0) + " x: skipped step." * skipped
@@ -121,17 +108,17 @@ def draw(runs: dict[str, Curves], config: Config) -> Figure:
     return figure
 
 
-def draw_run(axes: dict[str, Axes], i: int, name: str, run: Curves, smooth: float) -> None:
-    """The curves of run number `i`, each in its panel."""
+def draw_run(axes: dict[str, Axes], i: int, label: str, run: Curves, smooth: float) -> None:
+    """Draw the curves of run number `i`, each in its panel."""
     color, dashes, marker = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)]
-    losses = shown(run, "val_loss", smooth)[1]
-    label = " " + name.replace("$", r"\$")  # to Matplotlib $ begins a formula, and what begins with _ is hidden
-    label += f": best validation loss {losses.min():.4f}" if len(losses) else ""
+    val_losses = filter_curve(run, "val_loss", smooth)[1]
+    label = " " + label.replace("$", r"\$")  # Matplotlib hides labels that start with _, and parses $ as math
+    label += f": best validation loss {val_losses.min():.4f}" if len(val_losses) else ""
     axes["loss"].plot([], [], color=color, linestyle=dashes, marker=marker, label=label)
     for key in run:
-        axis, (x, y) = axes[key.removesuffix("_norm")], shown(run, key, smooth)
-        if key in NOISY:
-            axis.plot(*shown(run, key, 0), color=color, alpha=0.3, linewidth=0.7)
+        axis, (x, y) = axes[key.removesuffix("_norm")], filter_curve(run, key, smooth)
+        if key in NOISY_KEYS:
+            axis.plot(*filter_curve(run, key, smooth=0), color=color, alpha=0.3, linewidth=0.7)
         if key == "loss" and len(x):
             skipped = run[key][0][np.isnan(run[key][1])]
             axis.plot(skipped, np.interp(skipped, x, y), "x", color=color, markersize=9, markeredgewidth=2)
@@ -140,45 +127,60 @@ def draw_run(axes: dict[str, Axes], i: int, name: str, run: Curves, smooth: floa
         axis.plot(x, y, color=color, linestyle=":" if key == "hellaswag_norm" else dashes, linewidth=1.8, **points)
 
 
-def dress(axis: Axes, panel: str, x: str) -> None:
-    """Title, labels and grid of a panel."""
+def filter_curve(run: Curves, key: str, smooth: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and y of a curve without skipped steps; noisy curves are smoothed."""
+    x, y = run.get(key, np.empty((2, 0)))
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    return x, moving_average(y, smooth) if smooth and key in NOISY_KEYS else y
+
+
+def moving_average(values: np.ndarray, fraction: float) -> np.ndarray:
+    """Average over a window of `fraction` of all values; narrower at the start, to keep a steep drop steep."""
+    index, half = np.arange(len(values)), round(fraction * len(values) / 2)
+    first, last = np.maximum(index - half, 0), np.minimum(index + np.minimum(index, half), len(values) - 1)
+    sums = np.concatenate([[0], np.cumsum(values)])
+    return (sums[last + 1] - sums[first]) / (last + 1 - first)
+
+
+def set_y_scale(axis: Axes, panel: str, runs: list[Curves], smooth: float) -> None:
+    """Set the range of the y axis, linear or logarithmic; both loss panels get the same one."""
+    is_loss = "loss" in panel
+    keys = ("loss", "val_loss") if is_loss else (panel,)
+    curves = [filter_curve(run, key, smooth) for run in runs for key in keys]
+    curves = [(x, y) for x, y in curves if len(y)]
+    if not curves or panel == "hellaswag":
+        return
+    typical = np.concatenate([y[x >= EARLY_FRACTION * x[-1]] if is_loss else [np.quantile(y, 0.9)] for x, y in curves])
+    low, high = typical.min(), typical.max() if is_loss else max(y.max() for _, y in curves)
+    if 0 < low * (2 if is_loss else 10) < typical.max():
+        axis.set_yscale("log", subs=())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if is_loss else (1, 3)))
+        axis.set_ylim(low * 0.97 if is_loss else low / 10, high * 1.1)
+    else:
+        margin = 0.05 * (high - low if is_loss else high) or 0.1
+        axis.set_ylim(low - margin if is_loss else 0, high + margin)
+
+
+def style_axis(axis: Axes, panel: str, x: str) -> None:
+    """Set the title, labels, grid and tick format of a panel."""
     axis.set_title(TITLES[panel], loc="left", fontsize=12, fontweight="bold")
     axis.set_xlabel("hours of training steps" if x == "hours" else x)
     axis.set_ylabel("nats per token" if "loss" in panel else "")
     axis.grid(color="0.9", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.set_major_formatter(FuncFormatter(short))
-    axis.yaxis.set_major_formatter(
-        {"lr": FuncFormatter(scientific), "hellaswag": PercentFormatter(1, 0)}.get(panel, FuncFormatter(short))
-    )
+    axis.xaxis.set_major_formatter(FuncFormatter(format_number))
+    formatters = {"lr": FuncFormatter(format_lr), "hellaswag": PercentFormatter(1, 0)}
+    axis.yaxis.set_major_formatter(formatters.get(panel, FuncFormatter(format_number)))
 
 
-def scale(axis: Axes, panel: str, runs: list[Curves], smooth: float) -> None:
-    """The range of a panel's vertical axis, the same for both losses, and whether it is logarithmic."""
-    loss = "loss" in panel
-    drawn = [shown(run, key, smooth) for run in runs for key in (("loss", "val_loss") if loss else (panel,))]
-    drawn = [(x, y) for x, y in drawn if len(y)]
-    if not drawn or panel == "hellaswag":
-        return
-    usual = np.concatenate([y[x >= EARLY * x[-1]] if loss else [np.quantile(y, 0.9)] for x, y in drawn])
-    low, high = usual.min(), max(usual.max(), 0 if loss else max(y.max() for _, y in drawn))
-    if 0 < low * (2 if loss else 10) < usual.max():
-        axis.set_yscale("log", subs=())
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if loss else (1, 3)))
-        axis.set_ylim(low * 0.97 if loss else low / 10, high * 1.1)
-    else:
-        margin = 0.05 * (high - low if loss else high) or 0.1
-        axis.set_ylim(low - margin if loss else 0, high + margin)
+def format_number(value: float, position: int | None = None) -> str:
+    """Format a tick label with a suffix: 0.5, 250, 1.5k, 20M, 10B."""
+    size, suffix = next(((size, suffix) for size, suffix in SUFFIXES.items() if abs(value) >= size), (1, ""))
+    return f"{value / size:.4g}{suffix}"
 
 
-def short(value: float, position: int | None = None) -> str:
-    """A number as people write it at an axis: 0.5, 250, 1.5k, 20M, 10B."""
-    size, unit = next(((size, unit) for size, unit in UNITS.items() if abs(value) >= size), (1, ""))
-    return f"{value / size:.4g}{unit}"
-
-
-def scientific(value: float, position: int | None = None) -> str:
-    """A learning rate as people write it: 6e-4."""
+def format_lr(value: float, position: int | None = None) -> str:
+    """Format a learning rate in short scientific notation: 6e-4."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 

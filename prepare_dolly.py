@@ -1,20 +1,20 @@
-"""Turn instructions and conversations into tokens, with a mask of what the assistant learns, for finetuning.
+"""Turn instructions and conversations into tokens with a loss mask, for finetuning.
 
     python prepare_dolly.py                                         # databricks-dolly-15k, from the hub
     python prepare_dolly.py --files mine.jsonl --out data/mine      # your own
+    python prepare_dolly.py --files mine.jsonl --preview 3          # show the loss mask; write nothing
 
-The records of files and hub datasets are recognised by their fields, each in one of these layouts:
+The fields of a record decide its layout:
 
     {"instruction": "Who wrote it?", "context": "Emma, by Jane Austen", "response": "Jane Austen."}      Dolly
     {"instruction": "Who wrote it?", "input": "Emma, by Jane Austen", "output": "Jane Austen."}          Alpaca
     {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}]}       any turns
     {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hi."}]}           ShareGPT
-    {"prompt": "Hello!", "completion": "Hi."}                                       or messages in both, see below
+    {"prompt": "Hello!", "completion": "Hi."}                              TRL; each may be a list of messages
 
-What the assistant says is learned, in all its turns; where prompt and completion are lists of messages, in those of the
-completion alone.
+The loss covers all messages of the assistant; with prompt and completion, those of the completion only.
 
-Writes `.npy` arrays and `meta.json` into `--out`, where `finetune.py` reads them.
+Writes `.npy` arrays and `meta.json` into `--out`, which `finetune.py` reads. Dolly-15k takes less than a minute.
 """
 
 import json
@@ -30,67 +30,56 @@ from typing import NamedTuple
 
 import numpy as np
 
-import cli
-from cli import Progress, check
-from layouts import to_messages
-from shards import FORMAT_VERSION, SPLITS, close_output, is_chosen, is_validation, open_output, write_array
-from sources import FileSource, HubSource, expand, kind_of
-from tokenizer import Tokenizer, load_tokenizer
+from minigpt import cli, shards
+from minigpt.chat import encode_chat, to_messages
+from minigpt.cli import Progress, UserError
+from minigpt.shards import FORMAT_VERSIONS, SPLITS
+from minigpt.sources import FileSource, HubSource, SourceConfig, data_suffix, find_files
+from minigpt.tokenizer import Tokenizer, load_tokenizer
 
-KINDS = (".jsonl", ".json", ".parquet")
-COUNTED = ("records", "shortened", "dropped", "skipped_empty")
+SUFFIXES = (".jsonl", ".json", ".parquet")
+COUNTS = ("records", "shortened", "dropped", "skipped_empty")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SourceConfig):
     dataset: str = "databricks/databricks-dolly-15k"
-    """An instruction dataset on the Hugging Face Hub."""
-    name: str | None = None
-    """Which of the dataset's configurations; None where it has one only."""
-    split: str = "train"
-    """Which of the dataset's splits is read."""
-    files: tuple[str, ...] = ()
-    """Local .jsonl, .json and .parquet files instead, as paths, folders or globs; also .jsonl.gz and the like."""
-    mix: tuple[str, ...] = ()
-    """Several sources instead, as SOURCE=WEIGHT each: files as above, or a hub dataset as owner/name:config:split."""
-    tokenizer: str = "gpt2"
-    """gpt2, or bytes, which needs no download; the model's own."""
     out: Path = Path("data/dolly")
-    """The dataset folder to make."""
-    block_size: int = 1024
-    """The longest conversation in tokens: the model's context."""
     val_fraction: float = 0.02
-    """The part of the conversations that is kept for validation."""
+    mix: tuple[str, ...] = ()
+    """Several sources instead, as SOURCE=WEIGHT: files, or a hub dataset as owner/name:config:split."""
+    block_size: int = 1024
+    """Maximum length of a conversation in tokens: the model's context."""
     preview: int | None = None
-    """Print the first so many conversations of each source with a mark on what is learned, and write nothing."""
+    """Print this number of conversations of each source with their loss mask, and write nothing."""
 
 
 @dataclass
 class Source:
-    """Where conversations come from, how often each of them is taken, and what that gave."""
+    """A source of conversations, its weight, and what it contributed."""
 
     data: FileSource | HubSource
     weight: float = 1.0
     conversations: int = 0
-    learned_tokens: int = 0
+    loss_tokens: int = 0
 
 
 class Example(NamedTuple):
-    """A conversation that can be learned, and the words that name its record."""
+    """A conversation with its tokens and loss mask, and the location of its record."""
 
-    place: str
+    location: str
     messages: list[dict]
     tokens: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
 
 
 @dataclass
-class Conversations:
-    """One split as it grows: arrays of tokens and of learned marks, one each per conversation."""
+class Split:
+    """One split while it is built: arrays of tokens and loss mask for each conversation."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
-    learned: list[np.ndarray] = field(default_factory=list)
-    documents: set[bytes] = field(default_factory=set)  # of the validation split of a mix: none of them comes twice
+    loss_mask: list[np.ndarray] = field(default_factory=list)
+    documents: set[bytes] = field(default_factory=set)  # of a mix's validation split, to exclude duplicates
 
 
 def main(config: Config) -> None:
@@ -100,191 +89,182 @@ def main(config: Config) -> None:
     if config.preview is not None:
         preview(config, sources, tokenizer)
         return
-    description = describe(config, tokenizer, sources)
-    if open_output(config.out, description) is None:
-        print(f"{config.out} is already complete.")
+    meta = dataset_meta(config, tokenizer, sources)
+    if shards.begin_dataset(config.out, meta) is None:
+        print(f"{config.out} is already complete")
         return
 
-    splits, counts = {split: Conversations() for split in SPLITS}, dict.fromkeys(COUNTED, 0)
+    splits, counts = {split: Split() for split in SPLITS}, dict.fromkeys(COUNTS, 0)
     progress = Progress(None, "record")
     for source in sources:
-        for example in examples(source, tokenizer, config.block_size, counts):
-            take(example, source, splits, config)
+        for example in read_examples(source, tokenizer, config.block_size, counts):
+            add_example(example, source, splits, config)
             progress.update(counts["records"] - progress.done)
     progress.close()
-    check_splits(splits, config, counts)
-    manifest = {name: write_split(config.out, name, split) for name, split in splits.items()}
-    close_output(config.out, description | manifest | counts)
-    summarise(config, sources, manifest, counts)
+    sizes = {name: len(split.tokens) for name, split in splits.items()}
+    shards.check_splits(sizes, "conversations", config.val_fraction, format_counts(counts, config))
+    written = {name: write_split(config.out, name, split) for name, split in splits.items()}
+    shards.finish_dataset(config.out, meta | written | counts)
+    print_summary(config, sources, written, counts)
 
 
 def check_config(config: Config) -> None:
-    of_hub = (config.dataset, config.name, config.split) != (Config.dataset, Config.name, Config.split)
-    given = [bool(config.files), bool(config.mix), of_hub]
-    check(sum(given) <= 1, "--files, --mix and --dataset with --name and --split exclude each other: give one of them")
-    cli.check_range("val_fraction", config.val_fraction, 0, 0.5, open_low=True)
+    """Check the flags before any work starts. Raises `UserError`."""
+    config.check("mix")
     cli.check_range("block_size", config.block_size, 16)
     if config.preview is not None:
         cli.check_range("preview", config.preview, 1)
 
 
 def open_sources(config: Config) -> list[Source]:
-    """The sources that are mixed; or one of local files, or one of a dataset on the hub."""
+    """Return the sources of --mix, the local files, or the dataset on the hub."""
     if config.mix:
         return [open_weighted(item) for item in config.mix]
     if config.files:
-        return [Source(FileSource(expand(config.files, KINDS), text_field=None))]
+        return [Source(FileSource(find_files(config.files, SUFFIXES), text_field=None))]
     return [Source(HubSource(config.dataset, config.name, split=config.split))]
 
 
 def open_weighted(item: str) -> Source:
-    """A source from "mine.jsonl=2": what there is on disk, else a dataset on the hub."""
+    """Return the source of "mine.jsonl=2": a local path if it exists, else a dataset on the hub."""
     name, _, number = item.rpartition("=")
     weight = float(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number) else 0.0
-    check(bool(name) and 0 < weight <= 100, f"--mix {item}: give it as SOURCE=WEIGHT, the weight above 0 and up to 100")
-    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?", name)
-    if on_hub is None or Path(name).exists() or kind_of(Path(name)) in KINDS:
-        return Source(FileSource(expand([name], KINDS, "--mix"), text_field=None), weight)
-    return Source(HubSource(on_hub[1], on_hub[2] or None, split=on_hub[3] or "train"), weight)
+    if not name or not 0 < weight <= 100:
+        raise UserError(f"--mix {item}: expected SOURCE=WEIGHT, with a weight above 0 and at most 100")
+    hub_name = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?", name)
+    if hub_name is None or Path(name).exists() or data_suffix(Path(name)) in SUFFIXES:
+        return Source(FileSource(find_files([name], SUFFIXES, "--mix"), text_field=None), weight)
+    return Source(HubSource(hub_name[1], hub_name[2] or None, split=hub_name[3] or "train"), weight)
 
 
-def describe(config: Config, tokenizer: Tokenizer, sources: list[Source]) -> dict:
-    """The part of the manifest that is known before the work starts; the same description gives the same bytes."""
-    parts = [source.data.describe() for source in sources]
-    mixed = [{"weight": source.weight} | part for source, part in zip(sources, parts, strict=True)]
+def dataset_meta(config: Config, tokenizer: Tokenizer, sources: list[Source]) -> dict:
+    """Return the metadata that is fixed before the work starts. The same metadata gives the same bytes."""
+    parts = [source.data.metadata() for source in sources]
+    mix = [{"weight": source.weight} | part for source, part in zip(sources, parts, strict=True)]
     return {
-        "version": FORMAT_VERSION,
+        "version": FORMAT_VERSIONS["chat"],
         "kind": "chat",
         "tokenizer": config.tokenizer,
         "vocab_size": tokenizer.chat_vocab_size,
-        "source": {"mix": mixed} if config.mix else parts[0],
+        "source": {"mix": mix} if config.mix else parts[0],
         "block_size": config.block_size,
         "val_fraction": config.val_fraction,
     }
 
 
-def take(example: Example, source: Source, splits: dict[str, Conversations], config: Config) -> None:
-    """Put a conversation into its split as often as the source's weight says; into a mix's validation split once.
+def read_examples(source: Source, tokenizer: Tokenizer, block_size: int, counts: dict) -> Iterator[Example]:
+    """Yield the conversations of a source. Those without an answer, or with one that is too long, are counted only.
 
-    Whether it is taken for a weight's fraction is decided by its own hash, so other data never changes it.
+    Raises `UserError`, naming the record, if a conversation has no message of the assistant.
+    """
+    for location, record in source.data.records():
+        counts["records"] += 1
+        messages, n_prompt = to_messages(location, record)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= n_prompt]
+        if not answers:
+            raise UserError(f"{location}: the conversation has no message of the assistant")
+        messages = messages[: answers[-1] + 1]  # messages after the last answer are not in the loss
+        if not any(messages[i]["content"].strip() for i in answers):
+            counts["skipped_empty"] += 1
+            continue
+        encoded = encode_chat(tokenizer, messages)
+        if len(encoded[0]) > block_size:
+            encoded = encode_chat(tokenizer, messages, max_length=block_size)
+            counts["dropped" if encoded is None else "shortened"] += 1
+        if encoded is not None:
+            tokens, loss_mask = encoded
+            turns = [i for i, token in enumerate(tokens) if token == tokenizer.role_tokens["assistant"]]
+            first = turns[-len(answers) :][0]
+            loss_mask[:first] = [False] * first  # answers in the prompt
+            yield Example(location, messages, tokens, loss_mask)
+
+
+def add_example(example: Example, source: Source, splits: dict[str, Split], config: Config) -> None:
+    """Add a conversation to its split as often as the source's weight says; once to a mix's validation split.
+
+    The conversation's hash decides whether a fractional weight includes it, so adding data never changes that.
     """
     document = json.dumps(example.messages).encode()
-    times = int(source.weight) + is_chosen(document, source.weight % 1, salt=b"mix")
-    split = splits["val" if is_validation(document, config.val_fraction) else "train"]
+    times = int(source.weight) + shards.hash_selects(document, source.weight % 1, salt=b"mix")
+    split = splits["val" if shards.is_validation(document, config.val_fraction) else "train"]
     if config.mix and split is splits["val"]:
         times = min(times, 1) if document not in split.documents else 0
         split.documents |= {document} if times else set()
     split.tokens += [np.array(example.tokens, dtype=np.uint16)] * times
-    split.learned += [np.array(example.learned, dtype=bool)] * times
+    split.loss_mask += [np.array(example.loss_mask, dtype=bool)] * times
     source.conversations += times
-    source.learned_tokens += times * sum(example.learned)
+    source.loss_tokens += times * sum(example.loss_mask)
 
 
-def examples(source: Source, tokenizer: Tokenizer, block_size: int, counts: dict) -> Iterator[Example]:
-    """Each conversation that can be learned; the others are counted.
-
-    Raises `UserError`, naming the record, where there is no assistant to learn from.
-    """
-    for place, record in source.data.records():
-        counts["records"] += 1
-        messages, n_prompt = to_messages(place, record)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= n_prompt]
-        check(bool(answers), f"{place}: nothing to learn: the conversation has no message of the assistant")
-        messages = messages[: answers[-1] + 1]  # what follows the last answer teaches nothing
-        if not any(messages[i]["content"].strip() for i in answers):
-            counts["skipped_empty"] += 1
-            continue
-        encoded = tokenizer.encode_chat(messages)
-        if len(encoded[0]) > block_size:
-            encoded = tokenizer.encode_chat(messages, max_length=block_size)
-            counts["dropped" if encoded is None else "shortened"] += 1
-        if encoded is not None:
-            tokens, learned = encoded
-            turns = [i for i, token in enumerate(tokens) if token == tokenizer.role_tokens["assistant"]]
-            first = turns[-len(answers) :][0]
-            learned[:first] = [False] * first  # answers in the prompt
-            yield Example(place, messages, tokens, learned)
-
-
-def preview(config: Config, sources: list[Source], tokenizer: Tokenizer) -> None:
-    """Print the first conversations of each source as they would be written, with marks on what is learned."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    begin, end = ("\033[32m", "\033[0m") if colour else ("«", "»")
-    for source in sources:
-        counts = dict.fromkeys(COUNTED, 0)
-        for example in islice(examples(source, tokenizer, config.block_size, counts), config.preview):
-            print(f"--- {example.place}: {sum(example.learned):,} of {len(example.tokens):,} tokens are learned")
-            print(marked(example, tokenizer, begin, end), end="\n\n")
-        check(counts["records"] > 0, "no conversations to learn: a source has no records")
-        print(told(counts, config))
-    print(f"preview only, what is learned {'in green' if colour else 'between « and »'}: {config.out} was not written")
-
-
-def marked(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
-    """A conversation's tokens as text, special tokens by their names, what is learned between two marks.
-
-    Text that looks like a special token or a mark, what a terminal may take for a command, and bytes that are no UTF-8
-    show as escapes.
-    """
-
-    def shown(c: str) -> str:
-        return c if (c.isprintable() and c not in (begin, end)) or c in "\n\t" else c.encode("unicode_escape").decode()
-
-    def kind(pair: tuple[int, bool]) -> tuple[bool, bool]:
-        return pair[1], pair[0] >= tokenizer.end_of_text
-
-    text = ""
-    for (learned, special), run in groupby(zip(example.tokens, example.learned, strict=True), kind):
-        piece = b"".join(tokenizer.token_bytes(token) for token, _ in run).decode("utf-8", "backslashreplace")
-        if not special:
-            piece = "".join(map(shown, piece)).replace("<|", "\\x3c|")
-        text += f"{begin}{piece}{end}" if learned else piece
-    return text.replace(end + begin, "")
-
-
-def check_splits(splits: dict[str, Conversations], config: Config, counts: dict) -> None:
-    """Raise `UserError` where a split got no conversation."""
-    total = sum(len(split.tokens) for split in splits.values())
-    why = f"of {counts['records']} records {counts['dropped']} are too long and {counts['skipped_empty']} are empty"
-    check(total > 0, f"no conversations to learn: {why}")
-    for name, split in splits.items():
-        direction = "larger" if name == "val" else "smaller"
-        check(
-            len(split.tokens) > 0,
-            f"none of the {total} conversations fell into the {name} split at --val_fraction"
-            f" {config.val_fraction}: choose a {direction} one, or give more conversations",
-        )
-
-
-def write_split(folder: Path, name: str, split: Conversations) -> dict:
-    """Write one split's three arrays; returns the split's entry in the manifest."""
+def write_split(folder: Path, name: str, split: Split) -> dict:
+    """Write one split's three arrays; return its entry for meta.json."""
     offsets = np.cumsum([0, *map(len, split.tokens)], dtype=np.int64)
-    tokens, learned = np.concatenate(split.tokens), np.concatenate(split.learned)
-    arrays = {"tokens": tokens, "learned": learned, "offsets": offsets}
+    tokens, loss_mask = np.concatenate(split.tokens), np.concatenate(split.loss_mask)
+    arrays = {"tokens": tokens, "loss_mask": loss_mask, "offsets": offsets}
     return {
         "documents": len(split.tokens),
         "tokens": len(tokens),
-        "learned_tokens": int(learned.sum()),
-        "files": [write_array(folder / f"{name}_{key}.npy", array) for key, array in arrays.items()],
+        "loss_tokens": int(loss_mask.sum()),
+        "files": [shards.write_array(folder / f"{name}_{key}.npy", array) for key, array in arrays.items()],
     }
 
 
-def told(counts: dict, config: Config) -> str:
+def print_summary(config: Config, sources: list[Source], written: dict, counts: dict) -> None:
+    """Print the size of each source and split, and the next command."""
+    for item, source in zip(config.mix, sources, strict=False):  # no lines without --mix
+        print(f"{item}: {source.conversations:,} conversations, {source.loss_tokens:,} tokens in the loss")
+    for name, split in written.items():
+        in_loss = f"{split['loss_tokens']:,} of {split['tokens']:,} tokens in the loss"
+        print(f"{name}: {split['documents']:,} conversations, {in_loss}")
+    print(f"{config.out}: {format_counts(counts, config)}")
+    data, out = shlex.quote(str(config.out)), shlex.quote(f"runs/{config.out.name}")
+    print(f"next: python finetune.py{'' if config.out == Config.out else f' --init RUN --data {data} --out {out}'}")
+
+
+def format_counts(counts: dict, config: Config) -> str:
     return (
-        f"{counts['records']:,} records, {counts['shortened']:,} of them shortened to {config.block_size:,} tokens; not"
-        f" kept are {counts['dropped']:,} with an answer longer than that and {counts['skipped_empty']:,} without any"
+        f"{counts['records']:,} records, {counts['shortened']:,} truncated to {config.block_size:,} tokens,"
+        f" {counts['dropped']:,} dropped for an answer longer than that, {counts['skipped_empty']:,} without an answer"
     )
 
 
-def summarise(config: Config, sources: list[Source], manifest: dict, counts: dict) -> None:
-    for item, source in zip(config.mix, sources, strict=False):  # a single source needs no line of its own
-        print(f"{item}: {source.conversations:,} conversations, {source.learned_tokens:,} learned tokens")
-    for name, split in manifest.items():
-        learned = f"{split['learned_tokens']:,} of {split['tokens']:,} tokens are learned"
-        print(f"{name}: {split['documents']:,} conversations, {learned}")
-    print(told(counts, config))
-    own = f" --init RUN --data {shlex.quote(str(config.out))} --run {config.out.name}"
-    print(f"-> {config.out}; next: python finetune.py{'' if config.out == Config.out else own}")
+def preview(config: Config, sources: list[Source], tokenizer: Tokenizer) -> None:
+    """Print the first conversations of each source with their loss mask."""
+    in_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    begin, end = ("\033[32m", "\033[0m") if in_color else ("«", "»")
+    for source in sources:
+        counts = dict.fromkeys(COUNTS, 0)
+        for example in islice(read_examples(source, tokenizer, config.block_size, counts), config.preview):
+            n_loss, n_tokens = sum(example.loss_mask), len(example.tokens)
+            print(f"--- {example.location}: {n_loss:,} of {n_tokens:,} tokens in the loss")
+            print(format_example(example, tokenizer, begin, end), end="\n\n")
+        if counts["records"] == 0:
+            raise UserError("no conversations: a source has no records")
+        print(format_counts(counts, config))
+    mark = "green" if in_color else "between « and »"
+    print(f"preview: tokens in the loss are {mark}; {config.out} was not written")
+
+
+def format_example(example: Example, tokenizer: Tokenizer, begin: str, end: str) -> str:
+    """Return a conversation as text: special tokens by name, tokens in the loss between `begin` and `end`.
+
+    Text that looks like a special token or a mark, control characters, and invalid UTF-8 are escaped.
+    """
+
+    def escape(c: str) -> str:
+        return c if (c.isprintable() and c not in (begin, end)) or c in "\n\t" else c.encode("unicode_escape").decode()
+
+    def group_key(pair: tuple[int, bool]) -> tuple[bool, bool]:
+        token, in_loss = pair
+        return in_loss, token >= tokenizer.end_of_text
+
+    text = ""
+    for (in_loss, special), group in groupby(zip(example.tokens, example.loss_mask, strict=True), group_key):
+        piece = b"".join(tokenizer.token_bytes(token) for token, _ in group).decode("utf-8", "backslashreplace")
+        if not special:
+            piece = "".join(map(escape, piece)).replace("<|", "\\x3c|")
+        text += f"{begin}{piece}{end}" if in_loss else piece
+    return text.replace(end + begin, "")
 
 
 if __name__ == "__main__":

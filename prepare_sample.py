@@ -1,11 +1,12 @@
-"""Make a small corpus and some thousand questions with answers from Python's own documentation, with no download.
+"""Build a small text corpus and a set of questions with answers from Python's own documentation, without a download.
 
     python prepare_sample.py
     python prepare_fineweb.py --files data/sample/text.jsonl --tokenizer bytes --val_fraction 0.05 --out data/demo
     python prepare_dolly.py --files data/sample/chat.jsonl --tokenizer bytes --block_size 256 --out data/demo_chat
 
-The text, about 2 MB of English, is the language reference that `help()` shows and the docstrings of the standard
-library of the interpreter that runs this; the questions ask what its functions and classes do.
+The text is about 2 MB of English: the language reference that `help()` shows, and the docstrings of the standard
+library. The questions, several thousand, ask what the library's functions and classes do. The files depend on the
+version of the Python interpreter. Takes about 3 seconds.
 """
 
 import ast
@@ -16,74 +17,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import cli
-from cli import check
+from minigpt import cli
+from minigpt.cli import UserError
 
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo"}
-LONGEST_ANSWER = 160  # characters: question and answer fit 256 byte tokens
+EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo"}
+MAX_ANSWER_CHARS = 160  # a question and its answer fit into 256 byte tokens
 
 
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("data/sample")
-    """The folder for text.jsonl and chat.jsonl."""
+    """Folder to write text.jsonl and chat.jsonl to."""
 
 
 def main(config: Config) -> None:
     library = Path(sysconfig.get_path("stdlib"))
-    modules = [(name, docstrings(file)) for name, file in module_files(library)]
-    check(any(found for _, found in modules), f"{library} holds no Python sources to take docstrings from")
-    documents = list(topics.values()) + [document(name, found) for name, found in modules if found]
-    pairs = list(dict.fromkeys(pair for name, found in modules for pair in questions(name, found)))
-    write_jsonl(config.out / "text.jsonl", [{"text": text} for text in documents])
+    modules = [(name, parse_docstrings(file)) for name, file in find_modules(library)]
+    if not any(docstrings for _, docstrings in modules):
+        raise UserError(f"{library} has no Python sources with docstrings: use another Python installation")
+    texts = list(topics.values()) + [format_document(name, docstrings) for name, docstrings in modules if docstrings]
+    pairs = list(dict.fromkeys(pair for name, docstrings in modules for pair in make_questions(name, docstrings)))
+    write_jsonl(config.out / "text.jsonl", [{"text": text} for text in texts])
     write_jsonl(config.out / "chat.jsonl", [{"instruction": q, "context": "", "response": a} for q, a in pairs])
-    size = sum(map(len, documents)) / 1e6
-    print(f"{len(documents)} documents, {size:.1f} MB of text -> {config.out / 'text.jsonl'}")
-    print(f"{len(pairs)} questions with answers -> {config.out / 'chat.jsonl'}")
+    print(f"wrote {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} MB, to {config.out / 'text.jsonl'}")
+    print(f"wrote {len(pairs):,} questions with answers to {config.out / 'chat.jsonl'}")
 
 
-def module_files(library: Path) -> Iterator[tuple[str, Path]]:
-    """The public modules of the standard library as (dotted name, source file)."""
+def find_modules(library: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the dotted name and source file of each public module in the standard library."""
     for file in sorted(library.rglob("*.py")):
         parts = file.relative_to(library).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
-        if parts and not NOT_LIBRARY & set(parts) and not any(part.startswith("_") for part in parts):
+        if parts and not EXCLUDED & set(parts) and not any(part.startswith("_") for part in parts):
             yield ".".join(parts), file
 
 
-def docstrings(file: Path) -> list[tuple[str, str]]:
-    """The docstrings in a source file, parsed and never run: (dotted name, text) each, the module's own named ""."""
+def parse_docstrings(file: Path) -> list[tuple[str, str]]:
+    """Return (dotted name, docstring) pairs of a source file, without importing it; the module's own name is ""."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # some files hold other versions' syntax on purpose
+    except (SyntaxError, ValueError):  # some files use the syntax of other Python versions
         return []
-    found = []
+    docstrings = []
 
     def visit(node: ast.AST, name: str) -> None:
         if text := ast.get_docstring(node):
-            found.append((name, text))
+            docstrings.append((name, text))
         for child in node.body:
             if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 visit(child, f"{name}.{child.name}".lstrip("."))
 
     visit(tree, "")
-    return found
+    return docstrings
 
 
-def document(module: str, found: list[tuple[str, str]]) -> str:
-    """A module's docstrings as one text."""
-    return "\n\n".join(f"{module}.{name}".rstrip(".") + f"\n\n{text}" for name, text in found) + "\n"
+def format_document(module: str, docstrings: list[tuple[str, str]]) -> str:
+    """Join the docstrings of a module into one text."""
+    return "\n\n".join(f"{module}.{name}".rstrip(".") + f"\n\n{text}" for name, text in docstrings) + "\n"
 
 
-def questions(module: str, found: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """A question and an answer for each public name: the first paragraph of its docstring, where that is short."""
-    for name, text in found:
+def make_questions(module: str, docstrings: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield a (question, answer) pair for each public name whose docstring starts with a short paragraph."""
+    for name, text in docstrings:
         answer = " ".join(text.split("\n\n")[0].split())
-        public = not any(part.startswith("_") for part in name.split("."))
-        if public and len(answer) <= LONGEST_ANSWER and " " in answer:
-            kind = "is" if not name else "does"
-            full_name = f"{module}.{name}".rstrip(".")
-            yield f"What {kind} {full_name}{' do' if name else ''}?", answer
+        is_public = not any(part.startswith("_") for part in name.split("."))
+        if is_public and len(answer) <= MAX_ANSWER_CHARS and " " in answer:
+            yield f"What does {module}.{name} do?" if name else f"What is {module}?", answer
 
 
 def write_jsonl(file: Path, records: list[dict]) -> None:

@@ -17,10 +17,10 @@ torch.set_num_threads(1)  # for the tests themselves: on tensors this small, thr
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-from cli import UserError  # noqa: E402
+from minigpt import checkpoint  # noqa: E402
+from minigpt.cli import UserError  # noqa: E402
+from minigpt.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +37,10 @@ def start(
 ):
     """Run a script as a process of its own, or as several under torchrun, and check its exit code.
 
-    `env` among the options adds variables, `input` is typed into it.  A GPU is hidden from it unless it is to use one.
+    `env` among the options adds variables, `input` is typed into it. A GPU is hidden from it unless it is to use one.
     """
     hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"] if processes > 1 else []
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     text_in = {"input": options["input"]} if "input" in options else {"stdin": subprocess.DEVNULL}
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / script), *map(str, args)],
@@ -121,7 +119,7 @@ def pretrained(tmp_path_factory, text_data) -> Path:
     """A run of pretrain.py: 12 steps, validated every 4 and saved every 6."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     often = ("--val_every", 4, "--save_every", 6)
-    start("pretrain.py", "--data", text_data, "--run", folder, *TRAIN, *often, cwd=folder.parent)
+    start("pretrain.py", "--data", text_data, "--out", folder, *TRAIN, *often, cwd=folder.parent)
     return folder
 
 
@@ -130,7 +128,7 @@ def finetuned(tmp_path_factory, pretrained, chat_data) -> Path:
     """A run of finetune.py from `pretrained`: 12 steps, validated every 4 and saved every 6."""
     folder = tmp_path_factory.mktemp("finetuned") / "run"
     often = ("--val_every", 4, "--save_every", 6)
-    start("finetune.py", "--init", pretrained, "--data", chat_data, "--run", folder, *TUNE, *often, cwd=folder.parent)
+    start("finetune.py", "--init", pretrained, "--data", chat_data, "--out", folder, *TUNE, *often, cwd=folder.parent)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub for tests, as much of one as `datasets` needs to stream files; it fails as often as it is told."""
+"""A Hugging Face Hub for tests: the endpoints that `datasets` needs to stream files, with optional faults."""
 
 import contextlib
 import json
@@ -12,10 +12,9 @@ REVISION = "f" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves every dataset's name with the files of one folder, as `data/NAME`.
+    """Serve the files of one folder as `data/FILE` of any dataset name.
 
-    Every `error_every`-th request for a file is answered with 503, and every `drop_every`-th body breaks off half-way
-    (0: never).
+    Every `error_every`-th request for a file gets a 503, and every `drop_every`-th body is cut in half (0: never).
     """
 
     protocol_version = "HTTP/1.1"
@@ -51,8 +50,8 @@ class Hub(BaseHTTPRequestHandler):
         if not file.is_file():
             return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
         data, headers, status = file.read_bytes(), {"ETag": f'"{REVISION}"', "X-Repo-Commit": REVISION}, 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            begin, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+        if requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            begin, end = int(requested[1]), min(int(requested[2] or len(data)), len(data) - 1)
             headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
             data, status = data[begin : end + 1], 206
         cls.bodies += self.command == "GET"
@@ -63,7 +62,7 @@ class Hub(BaseHTTPRequestHandler):
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json", "X-Repo-Commit": REVISION})
 
     def send(self, status: int, body: bytes, headers: dict | None = None, sent: int | None = None) -> None:
-        """Answer; `sent` breaks off after so many bytes."""
+        """Send a response; `sent` closes the connection after this many bytes of the body."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -78,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(folder: Path, error_every: int = 0, drop_every: int = 0) -> Iterator[str]:
-    """A hub with a folder's files while the context lasts; gives its address."""
+    """Serve a folder while the context lasts; yields the address."""
     faults = {"folder": folder, "error_every": error_every, "drop_every": drop_every}
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("FaultyHub", (Hub,), faults))
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""A chat page in a headless browser: what the tests of chat_web.py use, and the README's picture of it.
+"""Open chat_web.py in a headless browser, for its tests and for the picture in the README.
 
 python tests/screenshot.py runs/demo_chat docs/chat.png
 """
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def chat_page(checkpoint: object, *args: object) -> Iterator[tuple[str, subprocess.Popen]]:
-    """chat_web.py at work: the address of its page, and its process, which is ended behind it."""
+    """Run chat_web.py; yields the address of its page and the process, and kills the process at the end."""
     port = free_port()
     command = [sys.executable, SCRIPT, "--checkpoint", checkpoint, "--port", port, *args]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -47,22 +47,25 @@ def chat_page(checkpoint: object, *args: object) -> Iterator[tuple[str, subproce
 
 @dataclass
 class Browser:
-    """A browser with a chat page in it."""
+    """A browser that shows a chat page."""
 
     driver: object
 
     def find(self, css: str) -> list:
+        """Return the elements that match a CSS selector."""
         return self.driver.find_elements("css selector", css)
 
     def until(self, condition, seconds: float = 60):
-        """Wait until a condition holds, looking ten times a second; returns what it returned."""
+        """Wait until `condition()` is true, polling ten times a second, and return its result."""
         from selenium.webdriver.support.ui import WebDriverWait
 
         return WebDriverWait(self.driver, seconds, poll_frequency=0.1).until(lambda _: condition())
 
     def open(self, url: str) -> None:
-        """Open a page, and wait until it has been set up: until it has been at leisure, and nothing in it changed,
-        for 1.5 seconds (what is typed before that, it may take back)."""
+        """Open a page and wait until nothing in it has changed for 1.5 seconds.
+
+        Before that, the page may still be setting itself up and can discard what is typed.
+        """
         self.driver.get(url)
         self.until(lambda: self.find(".submit-button"))
         self.driver.execute_script(
@@ -71,57 +74,58 @@ class Browser:
         )
         self.until(lambda: self.driver.execute_script("return window.quiet > 15"))
 
-    def size(self, width: int, height: int) -> None:
+    def resize(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def fill(self, label: str, value: object) -> None:
-        """Type a value into a field of the panel."""
-        found = f"input[aria-label*='{label}']"
+        """Type a value into a field of the sidebar."""
+        css = f"input[aria-label*='{label}']"
         if label == "System message":
-            found = "textarea[placeholder='What the model is told first']"
-        field = self.until(lambda: next(filter(self.on_screen, self.find(found)), None))
+            css = "textarea[placeholder='Instructions for the model']"
+        field = self.until(lambda: next(filter(self.on_screen, self.find(css)), None))
         select_all = "\ue009a\ue000"  # Ctrl-A
         field.send_keys(select_all, str(value), "\t")
-        time.sleep(0.5)  # a page that takes back what is typed would have done so
-        assert field.get_attribute("value") in (str(value), "2")  # 2 is the most that the temperature can be
+        time.sleep(0.5)  # time for the page to restore the old value, if it does
+        assert field.get_attribute("value") in (str(value), "2")  # the page limits the temperature to 2
 
     def on_screen(self, element) -> bool:
+        """Return whether an element is visible and inside the window."""
         script = "const r = arguments[0].getBoundingClientRect(); return r.width > 0 && r.right <= innerWidth"
         return self.driver.execute_script(script, element)
 
     def ask(self, text: str) -> None:
-        """Send a message; a line break in it is typed with Shift."""
-        boxes = "textarea:not([disabled]):not([placeholder^='What the model'])"
+        """Send a message; line breaks are typed with Shift-Enter."""
+        boxes = "textarea:not([disabled]):not([placeholder^='Instructions'])"
         box = self.until(lambda: next(filter(self.on_screen, self.find(boxes)), None))
         box.send_keys(text.replace("\n", "\ue008\n\ue000"), "\n")
 
-    def said(self, role: str) -> list[str]:
-        """What user or bot has said, letter by letter."""
+    def messages(self, role: str) -> list[str]:
+        """Return the exact text of all messages of "user" or "bot"."""
         script = "return [...document.querySelectorAll(`[data-testid=${arguments[0]}] .md`)].map(e => e.textContent)"
         return self.driver.execute_script(script, role)
 
     def answer(self, number: int = 1) -> str:
-        """The answer of that number, when it is complete."""
-        self.until(lambda: len(self.said("bot")) == number and not self.find(".stop-button"))
-        return self.said("bot")[-1]
+        """Wait until answer `number` is complete and return it."""
+        self.until(lambda: len(self.messages("bot")) == number and not self.find(".stop-button"))
+        return self.messages("bot")[-1]
 
-    def told(self, words: str) -> None:
-        """Wait until the page tells of something, and put that away."""
-        toast = self.until(lambda: next((one for one in self.find(".toast-body") if words in one.text), None))
+    def close_toast(self, text: str) -> None:
+        """Wait for a notification that contains `text`, and close it."""
+        toast = self.until(lambda: next((toast for toast in self.find(".toast-body") if text in toast.text), None))
         self.driver.execute_script("arguments[0].querySelector('.toast-close').click()", toast)
         self.until(lambda: not self.find(".toast-body"))
 
-    def hosts(self) -> set[str]:
-        """The hosts that were asked for anything."""
+    def requested_hosts(self) -> set[str]:
+        """Return the hosts that the page has sent requests to."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return {urlsplit(url).hostname for url in asked if url.startswith(("http", "ws"))}
+        urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return {urlsplit(url).hostname for url in urls if url.startswith(("http", "ws"))}
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser of its own, with nothing in it."""
+    """Start a browser with an empty profile."""
     from selenium import webdriver
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -138,11 +142,11 @@ def browser() -> Iterator[Browser]:
 
 
 def main(checkpoint: str, picture: str) -> None:
-    """Ask a question, wait for the answer, and save what the page looks like."""
+    """Ask two questions, wait for the answers, and save a picture of the page."""
     if CHROMIUM is None or DRIVER is None:
-        sys.exit("error: no chromium or no chromedriver here: apt install chromium chromium-driver")
+        sys.exit("error: chromium or chromedriver is not installed: apt install chromium chromium-driver")
     with chat_page(checkpoint) as (url, _), browser() as page:
-        page.size(1100, 700)
+        page.resize(1100, 700)
         page.open(url)
         for label, value in {"Seed": 1, "Temperature": 0.6}.items():
             page.fill(label, value)

@@ -1,11 +1,11 @@
-"""Kill a training run again and again, at chosen moments of its saves, and see whether it ends as if nothing had been.
+"""Kill a training run repeatedly at chosen moments and check that the result equals that of an uninterrupted run.
 
     make soak                                                       # 200 kills
     .venv/bin/python tests/soak.py --kills 50
 
-Each launch is a real process that dies by SIGKILL, which nothing can catch: two of three before the n-th system call
-that changes a checkpoint (making the folder, writing, flushing, renaming, deleting; a write is cut in the middle),
-every third at a random time.
+Each launch is a real process that dies by SIGKILL. Two of three die before the n-th system call that changes a
+checkpoint (creating the folder, writing, flushing, renaming, deleting; a write is cut in half), the third at a random
+time.
 """
 
 import json
@@ -32,8 +32,8 @@ WATCHED = re.compile(r"step_\d|\.npy|/meta\.json|/incomplete\.json")
 
 
 def kill_self(when: int | float) -> None:
-    """Arrange that this process dies: before the n-th call from now on that changes a checkpoint or a shard, or, where
-    `when` is not a whole number, after so many seconds."""
+    """Let this process die: before the n-th call that changes a checkpoint or shard, or after a time in seconds if
+    `when` is a float."""
     import safetensors.torch
 
     count = 0
@@ -72,49 +72,49 @@ def kill_self(when: int | float) -> None:
 
 
 def launch(script: str, *args: object, kill: int | float | None = None) -> subprocess.CompletedProcess:
-    """Run a script in a process of its own, which dies as `kill_self` has it."""
-    command = [sys.executable, __file__, "--run", json.dumps(kill), str(ROOT / script), *map(str, args)]
+    """Run a script as a process that dies as `kill_self` describes."""
+    command = [sys.executable, __file__, "--launch", json.dumps(kill), str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
 
 
 def survive(kills: int, data: Path, work: Path, report=lambda line: None) -> int:
-    """Kill runs on `data` until `kills` kills have been survived; returns how many runs that took.
+    """Kill runs on `data` this many times; return the number of runs.
 
-    Raises `AssertionError` where a run does not go on, loses a checkpoint, or ends otherwise than one left in peace.
+    Raises `AssertionError` if a run does not resume, loses a checkpoint, or differs from an uninterrupted run.
     """
-    import checkpoint
+    from minigpt import checkpoint
 
     args = ("pretrain.py", "--data", data, *FLAGS, *OFTEN)
-    done = launch(*args, "--run", work / "peace")
+    done = launch(*args, "--out", work / "uninterrupted")
     assert done.returncode == 0, done.stderr
     survived = runs = 0
     at_random = random.Random(0)
     while survived < kills:
         run, newest = work / f"run_{runs}", -1
         while True:
-            kill = 1 + (7 * survived + survived // 7) % 31  # every moment has its turn
+            kill = 1 + (7 * survived + survived // 7) % 31  # covers every moment
             kill = at_random.uniform(0, 2) if survived % 3 == 2 else kill
-            done = launch(*args, "--run", run, kill=kill if survived < kills else None)
+            done = launch(*args, "--out", run, kill=kill if survived < kills else None)
             if done.returncode == 0:
                 break
             assert done.returncode == -signal.SIGKILL, done.stderr
             survived += 1
-            found = checkpoint.newest_whole(run)
+            found = checkpoint.find_newest(run)
             step = int(found.name[5:]) if found else -1
             assert step >= newest, f"kill {survived} lost step {newest}"
             newest = step
             report(f"kill {survived}: step {max(step, 0)} is whole")
-        assert_equal(work / "peace", run)
+        assert_equal(work / "uninterrupted", run)
         shutil.rmtree(run)
         runs += 1
     return runs
 
 
 def assert_equal(one: Path, other: Path) -> None:
-    """The last checkpoints are equal bit for bit, the logs but for the times, and nothing is left lying about."""
-    import checkpoint
+    """Check that the last checkpoints are equal bit for bit, the logs except for times, and that no files are left."""
+    from minigpt import checkpoint
 
-    ends = [checkpoint.checkpoints(run)[-1] for run in (one, other)]
+    ends = [checkpoint.list_checkpoints(run)[-1] for run in (one, other)]
     assert ends[0].name == ends[1].name
     for file in ("model.safetensors", "train_state.safetensors"):
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), f"{file} differs"
@@ -135,13 +135,11 @@ def main() -> None:
         done = launch("prepare_fineweb.py", "--files", work / "text.txt", *flags)
         assert done.returncode == 0, done.stderr
         runs = survive(kills, work / "data", work, report=print)
-    print(
-        f"{kills} kills survived in {runs} runs: weights, optimiser state and logs equal those of a run left in peace"
-    )
+    print(f"{kills} kills survived in {runs} runs: weights, optimiser state and logs equal an uninterrupted run's")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
+    if sys.argv[1:2] == ["--launch"]:
         kill, sys.argv = json.loads(sys.argv[2]), sys.argv[3:]
         if kill is not None:
             kill_self(kill)

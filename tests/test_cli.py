@@ -1,4 +1,4 @@
-"""What every script does alike: flags, mistakes in one line, progress, and an output that nobody reads any more."""
+"""What all scripts share: flags, one-line errors, progress, and a closed output pipe."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,8 @@ import typing
 import pytest
 from conftest import ROOT, TRAIN
 
-import cli
-from cli import Progress, UserError, check, check_range
+from minigpt import cli
+from minigpt.cli import Progress, UserError, check_range
 
 SCRIPTS = (
     "prepare_fineweb",
@@ -31,8 +31,7 @@ SCRIPTS = (
     "generate",
     "bench",
     "plot",
-    "shards",
-    "checkpoint",
+    "verify",
 )
 
 
@@ -54,7 +53,7 @@ def raising(error: BaseException):
     return main
 
 
-# ---- mistakes become one line --------------------------------------------------------------------------------------
+# ---- errors in one line --------------------------------------------------------------------------------------------
 
 
 def test_flags_become_the_config(monkeypatch):
@@ -78,7 +77,7 @@ def test_flags_become_the_config(monkeypatch):
         ),
     ],
 )
-def test_what_a_person_can_put_right_is_one_line(monkeypatch, capsys, error, code, line):
+def test_user_errors_are_one_line(monkeypatch, capsys, error, code, line):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, raising(error))
     assert end.value.code == code
@@ -92,8 +91,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
     assert raised.value is error
 
 
-def test_one_process_of_a_machine_speaks_for_all(monkeypatch, capsys):
-    """The others give it time, and then speak under their own number: the mistake may be theirs alone."""
+def test_one_process_per_machine_reports_an_error(monkeypatch, capsys):
+    """The others wait, then report with their rank: the error may be theirs only."""
     waited = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "9")
@@ -105,17 +104,11 @@ def test_one_process_of_a_machine_speaks_for_all(monkeypatch, capsys):
     assert waited == [2]
 
 
-def test_out_of_memory_says_what_to_do(monkeypatch, capsys):
+def test_out_of_memory_names_the_fix(monkeypatch, capsys):
     torch = pytest.importorskip("torch")
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.07 GiB")))
-    assert end.value.code == 2 and "--micro_batch_size to half" in capsys.readouterr().err
-
-
-def test_check():
-    check(True, "never")
-    with pytest.raises(UserError, match=r"^because$"):
-        check(False, "because")
+    assert end.value.code == 2 and "halve --micro_batch_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -164,7 +157,7 @@ def test_help_shows_every_flag_with_underscores(run_script, script):
 def test_help_fits_a_narrow_screen(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     text = "One line that is\nlonger than the screen on which it is read.\n\n    python it.py        # as it is\n"
-    assert cli.manual(text) == (
+    assert cli.format_docstring(text) == (
         "One line that is longer than the screen\non which it is read.\n\n    python it.py        # as it is"
     )
 
@@ -193,7 +186,7 @@ def test_colours_only_where_they_are_wanted(run_script, arguments):
 
 
 def test_a_whole_run_on_a_terminal_without_colour(text_data, tmp_path):
-    args = (ROOT / "pretrain.py", "--data", text_data, "--run", tmp_path / "run", *TRAIN)
+    args = (ROOT / "pretrain.py", "--data", text_data, "--out", tmp_path / "run", *TRAIN)
     written = on_a_terminal(*args, NO_COLOR="1", TERM="xterm")
     assert "12/12" in written and "validation loss" in written and "\x1b" not in written
 

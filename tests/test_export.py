@@ -1,8 +1,7 @@
-"""export.py as a real process, its folder read by transformers, trl, an OpenAI client and llama.cpp, and back again."""
+"""export.py as a real process; transformers, trl, an OpenAI client, llama.cpp and our own scripts read its folder."""
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -17,50 +16,53 @@ from conftest import error_of, make_model, start
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from cli import UserError
 from export import CHAT_TEMPLATE, model_card
-from model import IGNORE
-from tokenizer import CHAT_TOKENS, ROLES, load_tokenizer
+from minigpt import checkpoint
+from minigpt.chat import encode_chat
+from minigpt.cli import UserError
+from minigpt.pretrained import load_pretrained
+from minigpt.tokenizer import CHAT_TOKENS, ROLES, load_tokenizer
+from model import IGNORE_INDEX
 
-transformers = pytest.importorskip("transformers", reason="transformers reads what is exported")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 HELLO = [{"role": "user", "content": "After 5?"}]
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory, finetuned) -> Path:
-    """The `finetuned` run, gone on to learn one answer by heart, and when to stop."""
-    loaded = checkpoint.load(str(finetuned))
-    tokens, learned = loaded.tokenizer.encode_chat([*HELLO, {"role": "assistant", "content": "Six, of course."}])
-    targets = torch.tensor([[t if known else IGNORE for t, known in zip(tokens, learned, strict=True)]])[:, 1:]
+def memorized(tmp_path_factory, finetuned) -> Path:
+    """Train the `finetuned` run further until it has memorized one answer and its end."""
+    loaded = load_pretrained(str(finetuned))
+    messages = [*HELLO, {"role": "assistant", "content": "Six, of course."}]
+    tokens, loss_mask = encode_chat(loaded.tokenizer, messages)
+    targets = torch.tensor([[t if m else IGNORE_INDEX for t, m in zip(tokens, loss_mask, strict=True)]])[:, 1:]
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=3e-3)
     for _ in range(300):
         loss = loaded.model(torch.tensor([tokens])[:, :-1], targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss / learned.count(True) < 0.1
-    folder = tmp_path_factory.mktemp("talker") / "run" / "step_000072"
+    assert loss / sum(loss_mask) < 0.1
+    folder = tmp_path_factory.mktemp("memorized") / "run" / "step_000072"
     meta = checkpoint.read_meta(finetuned / "step_000012")
     checkpoint.save(folder, loaded.model, {}, meta)
     return folder.parent
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, talker) -> Path:
-    """The `talker` as a Hugging Face folder."""
+def exported(tmp_path_factory, memorized) -> Path:
+    """Export the `memorized` run."""
     folder = tmp_path_factory.mktemp("exported")
-    start("export.py", "--checkpoint", talker, "--out", "here", cwd=folder)
+    start("export.py", "--checkpoint", memorized, "--out", "here", cwd=folder)
     return folder / "here"
 
 
 def load(folder: Path):
-    """What transformers makes of a folder: the tokenizer and the model."""
+    """Load the tokenizer and the model with transformers."""
     return transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-# ---- transformers reads it -----------------------------------------------------------------------------------------
+# ---- transformers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
@@ -74,14 +76,14 @@ def test_transformers_computes_the_same_logits(run_script, tmp_path, name, chat,
     assert len(tokenizer) == model.config.vocab_size == len(model.transformer.wte.weight) == size
     tokens = torch.randint(0, size, (2, 64))
     with torch.no_grad():
-        ours, theirs = checkpoint.load(str(source)).model.eval()(tokens), model.eval()(tokens).logits
+        ours, theirs = load_pretrained(str(source)).model.eval()(tokens), model.eval()(tokens).logits
     assert ours.std() > 0.5
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "bytes"])
 def both_tokenizers(request, tmp_path_factory):
-    """(ours, the exported one as transformers reads it)."""
+    """Return (our tokenizer, the exported one loaded by transformers)."""
     own = request.getfixturevalue("gpt2_tokenizer") if request.param == "gpt2" else load_tokenizer("bytes")
     folder = tmp_path_factory.mktemp(request.param)
     start("export.py", "--checkpoint", make_model(folder / "run", own, chat=True), "--out", "here", cwd=folder)
@@ -90,14 +92,14 @@ def both_tokenizers(request, tmp_path_factory):
 
 SPECIAL = ("<|endoftext|>", *CHAT_TOKENS)
 texts = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\t '’é東🙂 st"), max_size=60)
-texts = texts.filter(lambda text: not any(name in text for name in SPECIAL))  # of which the test below is
+texts = texts.filter(lambda text: not any(name in text for name in SPECIAL))  # a test below covers these
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=texts)
 @example(text="  leading\n\n\ttabs and trailing   ")
 @example(text="I'll we've <|x|> \u00a0\u3000 ١٢٣ ½ e\u0301 \x00\x85")
-def test_the_tokens_are_ours(both_tokenizers, text):
+def test_same_tokens_as_ours(both_tokenizers, text):
     own, theirs = both_tokenizers
     tokens = theirs(text)["input_ids"]
     assert tokens == own.encode(text)
@@ -112,22 +114,21 @@ messages = st.lists(
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=messages, reply=st.booleans())
 @example(messages=[{"role": "user", "content": "  {{ 1 + 1 }} {% if %} \n"}], reply=True)
-def test_the_chat_template_gives_our_tokens(both_tokenizers, messages, reply):
+def test_chat_template_gives_our_tokens(both_tokenizers, messages, reply):
     own, theirs = both_tokenizers
     tokens = theirs.apply_chat_template(messages, add_generation_prompt=reply, return_dict=False)
-    assert tokens == own.encode_chat(messages, reply=reply)[0]
+    assert tokens == encode_chat(own, messages, add_generation_prompt=reply)[0]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=messages)
-def test_the_chat_template_marks_what_is_learned(both_tokenizers, messages):
+def test_chat_template_marks_the_loss_mask(both_tokenizers, messages):
     own, theirs = both_tokenizers
-    marked = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
-    tokens, learned = own.encode_chat(messages)
-    assert (marked["input_ids"], list(map(bool, marked["assistant_masks"]))) == (tokens, learned)
+    batch = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    assert (batch["input_ids"], list(map(bool, batch["assistant_masks"]))) == encode_chat(own, messages)
 
 
-def test_nobody_types_a_special_token_into_the_chat_template(both_tokenizers):
+def test_chat_template_escapes_special_tokens(both_tokenizers):
     own, theirs = both_tokenizers
     for token in SPECIAL:
         message = {"role": "user", "content": f"a{token}b<{token}|>"}
@@ -141,13 +142,13 @@ def test_nobody_types_a_special_token_into_the_chat_template(both_tokenizers):
         assert theirs.decode(tokens[2:-1]) == f"a<{name.replace('|', '| ', 1)}b<<{name.replace('|', '| ', 1)}|>"
 
 
-def test_the_chat_template_refuses_other_roles(both_tokenizers):
+def test_chat_template_rejects_other_roles(both_tokenizers):
     with pytest.raises(Exception, match="unknown role tool"):
         both_tokenizers[1].apply_chat_template([{"role": "tool", "content": "x"}])
     assert all(f"'{role}'" in CHAT_TEMPLATE for role in ROLES)
 
 
-def test_the_merges_are_those_of_gpt2(both_tokenizers):
+def test_merges_are_those_of_gpt2(both_tokenizers):
     own, theirs = both_tokenizers
     merges = json.loads(theirs.backend_tokenizer.to_str())["model"]["merges"]
     assert len(merges) == (50_000 if own.name == "gpt2" else 0)
@@ -155,41 +156,41 @@ def test_the_merges_are_those_of_gpt2(both_tokenizers):
 
 
 def greedy(run_script, source: Path, prompt: str, *flags: object) -> str:
-    """What generate.py answers, always taking the likeliest token."""
+    """Return the output of generate.py with greedy decoding."""
     done = run_script("generate.py", "--checkpoint", source, "--prompt", prompt, "--temperature", 0, *flags)
     return done.stdout.removesuffix("\n")
 
 
-def test_a_pipeline_answers_as_we_do_and_stops(exported, talker, run_script):
+def test_chat_pipeline_gives_our_answer(exported, memorized, run_script):
     answer = transformers.pipeline("text-generation", model=str(exported))(HELLO, do_sample=False, max_new_tokens=50)
     text = answer[0]["generated_text"][-1]["content"]
-    assert text == greedy(run_script, talker, "After 5?") == "Six, of course."
+    assert text == greedy(run_script, memorized, "After 5?") == "Six, of course."
 
 
-def test_a_text_model_goes_on_as_ours_does(run_script, pretrained, tmp_path):
+def test_text_pipeline_gives_our_continuation(run_script, pretrained, tmp_path):
     run_script("export.py", "--checkpoint", pretrained, "--out", "here")
-    write = transformers.pipeline("text-generation", model=str(tmp_path / "here"))
-    text = write("<|endoftext|>Document 5", do_sample=False, max_new_tokens=30)[0]["generated_text"]
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "here"))
+    text = pipeline("<|endoftext|>Document 5", do_sample=False, max_new_tokens=30)[0]["generated_text"]
     ours = greedy(run_script, pretrained, "Document 5", "--max_tokens", 30)
     assert text.removeprefix("<|endoftext|>") == ours
 
 
-# ---- it comes home -------------------------------------------------------------------------------------------------
+# ---- back to our scripts ---------------------------------------------------------------------------------------------
 
 
-def test_every_script_takes_an_exported_folder(exported, talker, run_script, chat_data, tmp_path):
+def test_our_scripts_read_an_exported_folder(exported, memorized, run_script, chat_data, tmp_path):
     assert greedy(run_script, exported, "After 5?") == "Six, of course."
-    home, there = checkpoint.load(str(exported)), checkpoint.load(str(talker))
-    assert home.chat and home.tokenizer.name == "bytes"
-    for name, weight in there.model.state_dict().items():
-        torch.testing.assert_close(home.model.state_dict()[name][:261], weight[:261], rtol=0, atol=0)
+    loaded, original = load_pretrained(str(exported)), load_pretrained(str(memorized))
+    assert loaded.is_chat and loaded.tokenizer.name == "bytes"
+    for name, weight in original.model.state_dict().items():
+        torch.testing.assert_close(loaded.model.state_dict()[name][:261], weight[:261], rtol=0, atol=0)
     flags = ("--data", chat_data, "--steps", 1, "--batch_tokens", 1024, "--micro_batch_size", 8)
-    run_script("finetune.py", "--init", exported, "--run", "again", *flags)
-    run_script("export.py", "--checkpoint", "again", "--out", "twice")
+    run_script("finetune.py", "--init", exported, "--out", "runs/again", *flags)
+    run_script("export.py", "--checkpoint", "runs/again", "--out", "twice")
     assert "Weights from" in (tmp_path / "twice" / "README.md").read_text()
 
 
-def test_what_trl_finetunes_comes_home(exported, run_script, tmp_path):
+def test_our_scripts_read_what_trl_finetuned(exported, run_script, tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed")
     datasets = pytest.importorskip("datasets")
     conversation = [*HELLO, {"role": "assistant", "content": "Trl was here."}]
@@ -203,30 +204,30 @@ def test_what_trl_finetunes_comes_home(exported, run_script, tmp_path):
         train_dataset=datasets.Dataset.from_list([{"messages": conversation}] * 240),
     )  # fmt: skip
     trainer.train()
-    trainer.save_model(str(tmp_path / "home"))
-    assert greedy(run_script, tmp_path / "home", "After 5?") == "Trl was here."
+    trainer.save_model(str(tmp_path / "tuned"))
+    assert greedy(run_script, tmp_path / "tuned", "After 5?") == "Trl was here."
 
 
 @pytest.mark.parametrize(
-    "ours, theirs, message",
+    "old, new, message",
     [
         ('"<|user|>"', '"<|human|>"', "has another chat format"),
         ('"a": 97', '"a": 98', "has other tokens than bytes"),
-        ('"vocab": {', '"vocab": null, "x": {', "is damaged: it has no vocabulary"),
-        ('"content": "<|user|>"', '"content": [1]', "is damaged: it has no vocabulary"),
-        ('"added_tokens": [', '"added_tokens": null, "x": [', "is damaged: it has no vocabulary"),
+        ('"vocab": {', '"vocab": null, "x": {', "is corrupt: it has no vocabulary"),
+        ('"content": "<|user|>"', '"content": [1]', "is corrupt: it has no vocabulary"),
+        ('"added_tokens": [', '"added_tokens": null, "x": [', "is corrupt: it has no vocabulary"),
     ],
 )
-def test_another_tokenizer_is_refused(exported, tmp_path, ours, theirs, message):
+def test_another_tokenizer_is_rejected(exported, tmp_path, old, new, message):
     shutil.copytree(exported, tmp_path / "other")
     file = tmp_path / "other" / "tokenizer.json"
-    assert ours in file.read_text()
-    file.write_text(file.read_text().replace(ours, theirs))
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
     with pytest.raises(UserError, match=message):
-        checkpoint.load(str(tmp_path / "other"))
+        load_pretrained(str(tmp_path / "other"))
 
 
-# ---- it is served --------------------------------------------------------------------------------------------------
+# ---- servers ---------------------------------------------------------------------------------------------------------
 
 
 def test_transformers_serve_answers_an_openai_client(exported, tmp_path):
@@ -235,8 +236,8 @@ def test_transformers_serve_answers_an_openai_client(exported, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cli = Path(sys.executable).with_name("transformers")
-    command = [cli, "serve", exported, "--port", str(port), "--device", "cpu"]
+    transformers_cli = Path(sys.executable).with_name("transformers")
+    command = [transformers_cli, "serve", exported, "--port", str(port), "--device", "cpu"]
     with open(tmp_path / "log.txt", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HOME": str(tmp_path)})
     try:
@@ -254,7 +255,7 @@ def test_transformers_serve_answers_an_openai_client(exported, tmp_path):
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    """Until a server answers; fails with its log where it ends before."""
+    """Wait until the server answers; if it exits before, fail with its log."""
     for _ in range(240):
         try:
             urllib.request.urlopen(url, timeout=5).close()
@@ -265,12 +266,12 @@ def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"no answer within a minute\n{log.read_text()}")
 
 
-def test_llama_cpp_makes_the_same_tokens(gpt2_tokenizer, run_script, tmp_path):
-    """Its own converter, and its Python binding, on a model with the gpt2 vocabulary, which GGUF knows."""
+def test_llama_cpp_gives_our_tokens_and_answer(gpt2_tokenizer, run_script, tmp_path):
+    """Use its converter and its Python binding; GGUF supports only the gpt2 vocabulary."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     converter = Path(os.environ.get("LLAMA_CPP", "")) / "convert_hf_to_gguf.py"
     if not converter.is_file():
-        pytest.skip("LLAMA_CPP does not name llama.cpp's source, with its converter")
+        pytest.skip("LLAMA_CPP is not set to a folder with llama.cpp's source")
     source = make_model(tmp_path / "run", gpt2_tokenizer, chat=True)
     run_script("export.py", "--checkpoint", source, "--out", "here")
     command = [sys.executable, converter, "here", "--outfile", "model.gguf", "--outtype", "f32"]
@@ -279,30 +280,31 @@ def test_llama_cpp_makes_the_same_tokens(gpt2_tokenizer, run_script, tmp_path):
     text = "The court’s 3 cats  are\n\n東京."
     assert llama.tokenize(text.encode(), add_bos=False) == gpt2_tokenizer.encode(text)
     ours = greedy(run_script, source, "The court’s", "--max_tokens", 20)
-    tokens = gpt2_tokenizer.encode_chat([{"role": "user", "content": "The court’s"}], reply=True)[0]
+    messages = [{"role": "user", "content": "The court’s"}]
+    tokens = encode_chat(gpt2_tokenizer, messages, add_generation_prompt=True)[0]
     theirs = []
     for token in llama.generate(tokens, temp=0.0):
         if token >= gpt2_tokenizer.end_of_text or len(theirs) == 20:
             break
         theirs.append(token)
     assert gpt2_tokenizer.decode(theirs) == ours
-    answer = llama.create_chat_completion([{"role": "user", "content": "The court’s"}], temperature=0, max_tokens=20)
+    answer = llama.create_chat_completion(messages, temperature=0, max_tokens=20)
     assert answer["choices"][0]["message"]["content"] == ours
 
 
-# ---- the card, and what can go wrong -------------------------------------------------------------------------------
+# ---- model card and errors -------------------------------------------------------------------------------------------
 
 
-def test_the_card_tells_how_the_model_was_trained(exported, finetuned):
+def test_model_card_describes_the_training(exported, finetuned):
     card = (exported / "README.md").read_text()
-    loss = checkpoint.load(str(finetuned)).history[-1]["metrics"]["val_loss"]
+    loss = load_pretrained(str(finetuned)).history[-1]["metrics"]["val_loss"]
     assert "Pretrained on local files: text.jsonl." in card and "Finetuned on local files: chat.jsonl." in card
     assert f"| validation loss, nats per token | {loss:.4f} |" in card and "| tokens | 12,288 |" in card
     assert "| lr | 0.003 |" in card
 
 
-def test_the_card_names_hub_datasets_and_their_licences(finetuned):
-    loaded = checkpoint.load(str(finetuned))
+def test_model_card_names_hub_datasets_and_licences(finetuned):
+    loaded = load_pretrained(str(finetuned))
     edu = {"dataset": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT", "revision": "0123456789abcdef"}
     dolly = {"dataset": "databricks/databricks-dolly-15k", "name": None, "revision": None}
     loaded.history[0]["source"], loaded.history[1]["source"] = edu, dolly
@@ -317,20 +319,20 @@ def test_the_card_names_hub_datasets_and_their_licences(finetuned):
     assert ModelCard(card).data.datasets == [edu["dataset"], dolly["dataset"]]
 
 
-def test_the_folder_appears_whole_or_not_at_all(exported, fails, run_script, finetuned, tmp_path):
+def test_the_folder_is_complete_or_absent(exported, fails, run_script, finetuned, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine.txt").write_text("mine")
-    assert "is there already" in fails("export.py", "--checkpoint", finetuned, "--out", "here")
+    assert "exists already" in fails("export.py", "--checkpoint", finetuned, "--out", "here")
     assert [file.name for file in (tmp_path / "here").iterdir()] == ["mine.txt"]
-    assert "no checkpoint there" in fails("export.py", "--checkpoint", "./nothing", "--out", "new")
+    assert "no checkpoint found" in fails("export.py", "--checkpoint", "./nothing", "--out", "new")
     done = run_script("export.py", "--checkpoint", finetuned, "--out", "deep/new")
-    assert re.search(r"next: transformers serve deep/new", done.stdout)
+    assert "transformers serve deep/new" in done.stdout
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["new"]
     assert (tmp_path / "deep" / "new").stat().st_mode & 0o777 == 0o755
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "deep" / "new").iterdir()} == {0o644}
 
 
-def test_without_the_tokenizers_package_one_line_says_so(run_script, finetuned, tmp_path):
+def test_error_without_the_tokenizers_package(run_script, finetuned, tmp_path):
     (tmp_path / "tokenizers.py").write_text("raise ImportError")
     out = ("--checkpoint", finetuned, "--out", "here")
     done = run_script("export.py", *out, env={"PYTHONPATH": str(tmp_path)}, expect=2)

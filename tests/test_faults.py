@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, limits, damage, a full disk, numbers that go wrong, a second run beside it."""
+"""What a run survives: kills, signals, time limits, corrupt files, a full disk, non-finite values, a second process."""
 
 import json
 import os
@@ -18,14 +18,17 @@ import torch
 from conftest import ROOT, TRAIN, TUNE, error_of, read_log, start
 from torch import nn
 
-import checkpoint
-from cli import UserError
-from data import Batch
-from files import lock
+from minigpt import checkpoint
+from minigpt.cli import UserError
+from minigpt.dataset import Batch
+from minigpt.distributed import Processes
+from minigpt.files import lock_folder
+from minigpt.metrics import MAX_SKIPPED_STEPS
+from minigpt.optim import build_optimizer
+from minigpt.run import EXIT_STOPPED
+from minigpt.shards import read_meta
+from minigpt.training import train_step
 from model import GPT, GPTConfig
-from runs import MAX_SKIPPED, STOPPED
-from shards import read_meta
-from training import Processes, build_optimizer, train_step
 
 LONG = ("--model", "tiny", "--batch_tokens", 4096, "--micro_batch_size", 8, "--lr", 3e-3, "--dropout", 0.1)
 LONG = (*LONG, "--steps", 100, "--val_every", 1000, "--save_every", 1000)
@@ -34,7 +37,7 @@ LONG = (*LONG, "--steps", 100, "--val_every", 1000, "--save_every", 1000)
 def spawn(*args: object, cwd: Path, processes: int = 1, launcher: tuple = ()) -> subprocess.Popen:
     """Start a script, or several of it under torchrun, in a process group of its own, and do not wait."""
     if processes > 1:
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher, "--")
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher)
     command = [sys.executable, *launcher, str(ROOT / str(args[0])), *map(str, args[1:])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes)
@@ -52,9 +55,9 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text_data) -> Path:
-    """The run that nothing disturbs."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    start("pretrain.py", "--data", text_data, "--run", folder, *LONG, cwd=folder.parent)
+    start("pretrain.py", "--data", text_data, "--out", folder, *LONG, cwd=folder.parent)
     return folder
 
 
@@ -62,12 +65,12 @@ def whole(tmp_path_factory, text_data) -> Path:
 
 
 def test_thirty_kills(text_data, tmp_path):
-    """Before each system call of a save, so to speak: see soak.py; `make soak` does it two hundred times."""
+    """Killed before the system calls of a save, see soak.py; `make soak` does it two hundred times."""
     assert soak.survive(30, text_data, tmp_path) >= 1
 
 
-def test_preparation_is_killed_and_goes_on(tmp_path):
-    """Killed before each call that touches a shard, it ends with the bytes of a run in peace, and begins not anew."""
+def test_killed_preparation_resumes(tmp_path):
+    """Killed before each call that touches a shard, it produces the bytes of an uninterrupted run."""
     (tmp_path / "a.txt").write_text("".join(f"Paragraph {i} says {i * i}.\n\n" for i in range(150_000)))
     flags = ("--tokenizer", "bytes", "--val_fraction", 0.2, "--shard_tokens", 400_000)
     args = ("prepare_fineweb.py", "--files", tmp_path / "a.txt", *flags)
@@ -77,14 +80,14 @@ def test_preparation_is_killed_and_goes_on(tmp_path):
         whole = (tmp_path / "out" / "meta.json").exists()
         assert done.returncode == (0 if kill_at is None else -signal.SIGKILL) or whole, done.stderr
         if not whole:
-            with pytest.raises(UserError, match="half-written"):
+            with pytest.raises(UserError, match="is incomplete"):
                 read_meta(tmp_path / "out", "text")
     peace, out = ({file.name: file.read_bytes() for file in (tmp_path / f).iterdir()} for f in ("peace", "out"))
     assert out == peace
 
 
-def test_preparation_does_not_begin_anew(tmp_path):
-    """After a kill at the end, no more is tokenised than the last shard or so."""
+def test_killed_preparation_keeps_finished_shards(tmp_path):
+    """After a kill near the end, only about the last shard is tokenised again."""
     (tmp_path / "a.txt").write_text("".join(f"Paragraph {i} says {i * i}.\n\n" for i in range(400_000)))
     flags = ("--tokenizer", "bytes", "--val_fraction", 0.2, "--shard_tokens", 1_000_000)
     args = ("prepare_fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "out", *flags)
@@ -97,7 +100,7 @@ def test_preparation_does_not_begin_anew(tmp_path):
 
 
 def test_a_faulty_hub_changes_no_byte(tmp_path):
-    """Every fifth request is answered with 503, every fifth body breaks off half-way."""
+    """Every fifth request gets a 503, every fifth body is truncated."""
     (tmp_path / "files").mkdir()
     for i in range(3):
         texts = [f"File {i}, document {j}: " + " ".join(str(j * k) for k in range(300)) for j in range(600)]
@@ -115,8 +118,8 @@ def test_a_faulty_hub_changes_no_byte(tmp_path):
 
 
 def test_torchrun_restarts_a_dead_process(text_data, whole, tmp_path):
-    """One of two processes dies; both are restarted and go on from the last checkpoint, to the same end."""
-    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG, "--save_every", 10, "--micro_batch_size", 4)
+    """One of two processes dies; both restart from the last checkpoint, with the same result."""
+    args = ("pretrain.py", "--data", text_data, "--out", "./run", *LONG, "--save_every", 10, "--micro_batch_size", 4)
     process = spawn(*args, cwd=tmp_path, processes=2, launcher=("--max-restarts=1",))
     wait_for_step(tmp_path / "run", 25, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -127,49 +130,51 @@ def test_torchrun_restarts_a_dead_process(text_data, whole, tmp_path):
     assert steps == list(range(1, 101))
 
 
-# ---- asked to stop ---------------------------------------------------------------------------------------------------
+# ---- stopped --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_stops(text_data, whole, tmp_path, number):
-    """The step is finished and saved, the exit code says so, and the run ends as if nothing had been."""
-    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG)
+    """The step is finished and saved, the exit code is 75, and the resumed run equals an uninterrupted one."""
+    args = ("pretrain.py", "--data", text_data, "--out", "./run", *LONG)
     process = spawn(*args, cwd=tmp_path)
     wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == STOPPED == 75 and f"stopped by {number.name} after step" in output
+    assert process.returncode == EXIT_STOPPED == 75 and f"stopped by {number.name} after step" in output
     last = read_log(tmp_path / "run")[-1]["step"]
-    assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "run")] == [f"step_{last:06d}"] and last < 100
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")] == [
+        f"step_{last:06d}"
+    ] and last < 100
     start(*args, cwd=tmp_path)
     soak.assert_equal(whole, tmp_path / "run")
 
 
 def test_a_signal_to_torchrun_stops_all_processes(text_data, tmp_path):
-    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG, "--micro_batch_size", 4)
+    args = ("pretrain.py", "--data", text_data, "--out", "./run", *LONG, "--micro_batch_size", 4)
     process = spawn(*args, cwd=tmp_path, processes=2)
     wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "stopped by SIGTERM" in output
     last = read_log(tmp_path / "run")[-1]["step"]
-    assert checkpoint.newest_whole(tmp_path / "run").name == f"step_{last:06d}"
+    assert checkpoint.find_newest(tmp_path / "run").name == f"step_{last:06d}"
 
 
 def test_a_signal_to_one_process_stops_all(text_data, tmp_path):
-    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG, "--micro_batch_size", 4)
+    args = ("pretrain.py", "--data", text_data, "--out", "./run", *LONG, "--micro_batch_size", 4)
     process = spawn(*args, cwd=tmp_path, processes=2)
     wait_for_step(tmp_path / "run", 5, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
-    assert "stopped by" in output and checkpoint.newest_whole(tmp_path / "run") is not None
+    assert "stopped by" in output and checkpoint.find_newest(tmp_path / "run") is not None
 
 
 def test_a_second_interrupt_exits_at_once(text_data, tmp_path):
     """In the middle of a step of many micro-batches, without a checkpoint."""
     slow = ("--batch_tokens", 2**20, "--micro_batch_size", 1)
-    process = spawn("pretrain.py", "--data", text_data, "--run", "./run", *LONG, *slow, cwd=tmp_path)
+    process = spawn("pretrain.py", "--data", text_data, "--out", "./run", *LONG, *slow, cwd=tmp_path)
     wait_for_step(tmp_path / "run", 0, process)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -177,19 +182,19 @@ def test_a_second_interrupt_exits_at_once(text_data, tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert process.returncode == 130 and not checkpoint.checkpoints(tmp_path / "run")
+    assert process.returncode == 130 and not checkpoint.list_checkpoints(tmp_path / "run")
 
 
 def test_the_clock_stops_finetuning_too(run_script, pretrained, chat_data, tmp_path):
-    args = ("finetune.py", "--init", pretrained, "--data", chat_data, "--run", "./run", *TUNE)
-    done = run_script(*args, "--max_minutes", 1e-9, expect=STOPPED)
+    args = ("finetune.py", "--init", pretrained, "--data", chat_data, "--out", "./run", *TUNE)
+    done = run_script(*args, "--max_minutes", 1e-9, expect=EXIT_STOPPED)
     assert "stopped by --max_minutes 1e-09 after step 0" in done.stdout
     run_script(*args)
     run_script(*args[:6], "./whole", *TUNE)
     soak.assert_equal(tmp_path / "whole", tmp_path / "run")
 
 
-# ---- damaged ---------------------------------------------------------------------------------------------------------
+# ---- corrupt ---------------------------------------------------------------------------------------------------------
 
 
 def truncate(file: Path) -> None:
@@ -208,19 +213,19 @@ def test_training_falls_back_to_the_newest_good_checkpoint(run_script, pretraine
     shutil.copytree(pretrained, tmp_path / "run")
     damage(tmp_path / "run" / "step_000012" / name)
     often = ("--val_every", 4, "--save_every", 6)
-    done = run_script("pretrain.py", "--data", text_data, "--run", "./run", *TRAIN, *often)
-    assert name in done.stderr and "trying an earlier checkpoint" in done.stderr and "6 steps done" in done.stdout
+    done = run_script("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN, *often)
+    assert name in done.stderr and "trying an earlier checkpoint" in done.stderr and "6 completed" in done.stdout
     soak.assert_equal(pretrained, tmp_path / "run")
 
 
-def test_nothing_is_started_anew_where_all_is_damaged(fails, pretrained, text_data, tmp_path):
+def test_no_new_start_if_all_checkpoints_are_corrupt(fails, pretrained, text_data, tmp_path):
     shutil.copytree(pretrained, tmp_path / "run")
     for file in (tmp_path / "run").glob("*/model.safetensors"):
         truncate(file)
-    command = ("pretrain.py", "--data", text_data, "--run", "./run", *TRAIN)
+    command = ("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN)
     done = start(*command, cwd=tmp_path, expect=2)
-    assert "error: all checkpoints of run are damaged" in done.stderr
-    assert len(checkpoint.checkpoints(tmp_path / "run")) == 2
+    assert "error: all checkpoints of run are corrupt" in done.stderr
+    assert len(checkpoint.list_checkpoints(tmp_path / "run")) == 2
 
 
 # ---- a full disk, no permission --------------------------------------------------------------------------------------
@@ -239,12 +244,12 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_costs_no_checkpoint(text_data, small_disk, tmp_path):
-    """The disk fills up at the second checkpoint or so: the error names the place, the first one is whole."""
+    """The disk fills up at about the second checkpoint: the error names the folder, the first checkpoint is whole."""
     (small_disk / "ballast").write_bytes(bytes(1_200_000))
-    args = ("pretrain.py", "--data", text_data, "--run", small_disk / "run", *TRAIN, "--save_every", 4, "--keep", 9)
+    args = ("pretrain.py", "--data", text_data, "--out", small_disk / "run", *TRAIN, "--save_every", 4, "--keep", 9)
     done = start(*args, cwd=tmp_path, expect=2)
-    assert f"{small_disk}/run/step_0000" in done.stderr and "untouched" in done.stderr, done.stderr
-    kept = checkpoint.newest_whole(small_disk / "run")
+    assert f"{small_disk}/run/step_0000" in done.stderr and "unchanged" in done.stderr, done.stderr
+    kept = checkpoint.find_newest(small_disk / "run")
     assert kept is not None and not list((small_disk / "run").glob("*.tmp"))
     (small_disk / "ballast").unlink()
     start(*args, cwd=tmp_path)
@@ -270,14 +275,14 @@ def test_a_full_disk_while_exporting(pretrained, small_disk, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_no_permission(fails, text_data, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert "locked" in fails("pretrain.py", "--data", text_data, "--run", "./locked/run", *TRAIN)
+    assert "locked" in fails("pretrain.py", "--data", text_data, "--out", "./locked/run", *TRAIN)
 
 
-# ---- numbers that go wrong -------------------------------------------------------------------------------------------
+# ---- non-finite values -----------------------------------------------------------------------------------------------
 
 
 class Poisoned(nn.Module):
-    """A model whose loss or gradient goes wrong on request."""
+    """A model whose loss or gradient becomes non-finite on request."""
 
     def __init__(self, model: GPT):
         super().__init__()
@@ -291,7 +296,7 @@ class Poisoned(nn.Module):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), "gradient"])
-def test_what_is_not_finite_never_reaches_the_weights(poison):
+def test_non_finite_steps_change_nothing(poison):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
     wrapped, procs = Poisoned(model), Processes(0, 1, torch.device("cpu"), torch.float32)
@@ -299,7 +304,7 @@ def test_what_is_not_finite_never_reaches_the_weights(poison):
     batch = Batch(torch.randint(9, (2, 8)), torch.randint(9, (2, 8)))
 
     def bits() -> list[bytes]:
-        state = checkpoint.optimizer_state(model, optimizer)
+        state = checkpoint.optimizer_state_dict(model, optimizer)
         return [tensor.detach().numpy().tobytes() for tensor in (*model.state_dict().values(), *state.values())]
 
     train_step(wrapped, [batch], optimizer, 1e-2, 1.0, procs)
@@ -313,12 +318,12 @@ def test_what_is_not_finite_never_reaches_the_weights(poison):
     assert bits() != before
 
 
-def test_a_run_that_has_gone_wrong_stops(tmp_path, text_data):
-    """From step 9 on every loss is NaN: skipped and logged, and after several in a row the end, with the way back."""
+def test_a_run_with_non_finite_losses_stops(tmp_path, text_data):
+    """From step 9 every loss is NaN: steps are skipped and logged, then the run stops and names a checkpoint."""
     script = tmp_path / "poisoned.py"
     script.write_text(
         f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import model, training\n"
+        "from minigpt import training\n"
         "real, calls = training.train_step, []\n"
         "def step(trained, *args):\n"
         "    calls.append(1)\n"
@@ -328,14 +333,14 @@ def test_a_run_that_has_gone_wrong_stops(tmp_path, text_data):
         "training.train_step = step\n"
         f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')\n"
     )
-    args = ["--data", text_data, "--run", "./run", *TRAIN, "--steps", 40, "--save_every", 4]
+    args = ["--data", text_data, "--out", "./run", *TRAIN, "--steps", 40, "--save_every", 4]
     done = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert f"not finite {MAX_SKIPPED} times in a row, up to step 13" in done.stderr
+    assert f"not finite in {MAX_SKIPPED_STEPS} consecutive steps, up to step 13" in done.stderr
     assert "run/step_000012" in done.stderr
     skipped = [row for row in read_log(tmp_path / "run") if row.get("skipped")]
     assert [row["step"] for row in skipped] == [9, 10, 11, 12, 13] and skipped[0]["loss"] is None
-    weights = checkpoint.load_weights(
+    weights = checkpoint.load_model(
         tmp_path / "run" / "step_000012", checkpoint.read_meta(tmp_path / "run/step_000012")
     )
     assert all(weight.isfinite().all() for weight in weights.state_dict().values())
@@ -345,7 +350,7 @@ def test_a_run_that_has_gone_wrong_stops(tmp_path, text_data):
 
 
 def test_a_second_run_is_refused_while_the_first_lives(fails, text_data, tmp_path):
-    args = ("pretrain.py", "--data", text_data, "--run", "./run", *LONG, "--steps", 100_000)
+    args = ("pretrain.py", "--data", text_data, "--out", "./run", *LONG, "--steps", 100_000)
     process = spawn(*args, cwd=tmp_path)
     wait_for_step(tmp_path / "run", 5, process)
     try:
@@ -353,13 +358,13 @@ def test_a_second_run_is_refused_while_the_first_lives(fails, text_data, tmp_pat
     finally:
         process.kill()
         process.communicate()
-    start(*args, "--max_minutes", 0.001, cwd=tmp_path, expect=STOPPED)  # the dead do not hold a lock
+    start(*args, "--max_minutes", 0.001, cwd=tmp_path, expect=EXIT_STOPPED)  # a dead process holds no lock
 
 
 def test_a_second_preparation_is_refused_while_the_first_lives(fails, run_script, tmp_path):
     (tmp_path / "a.txt").write_text("Some words.\n\n" * 20_000)
     args = ("prepare_fineweb.py", "--files", "a.txt", "--tokenizer", "bytes", "--val_fraction", 0.2, "--out", "data")
-    held = lock(tmp_path / "data")
+    lock = lock_folder(tmp_path / "data")
     assert "data is in use by another process" in fails(*args)
-    os.close(held)
+    lock.release()
     run_script(*args)

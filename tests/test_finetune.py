@@ -1,16 +1,20 @@
-"""finetune.py as a real process: from runs and Hugging Face folders, learned tokens only, resumed, on two processes."""
+"""finetune.py as a real process: from runs and Hugging Face folders, loss on answers, resuming, two processes."""
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TUNE, read_log, start
+from test_model import assert_close, random_tokens, small_model
 
-import checkpoint
-from data import ChatDataset
-from model import GPT, IGNORE, GPTConfig
-from training import Processes, validate
+from finetune import add_chat_tokens
+from minigpt import checkpoint, pretrained
+from minigpt.dataset import ChatDataset
+from minigpt.distributed import Processes
+from minigpt.training import validate
+from model import GPT, IGNORE_INDEX, GPTConfig
 
 OFTEN = ("--val_every", 4, "--save_every", 6)
 
@@ -22,23 +26,23 @@ def losses(run) -> list[float]:
 def test_learns_to_answer(finetuned, pretrained):
     validations = [row["val_loss"] for row in read_log(finetuned) if "val_loss" in row]
     assert validations[-1] < 0.9 * validations[0]
-    loaded = checkpoint.load(str(finetuned))
+    loaded = pretrained.load_pretrained(str(finetuned))
     assert loaded.chat and loaded.model.config.vocab_size == 261
-    assert not checkpoint.load(str(pretrained)).chat
+    assert not pretrained.load_pretrained(str(pretrained)).chat
 
 
 def test_validation_is_the_mean_over_what_the_assistant_says(finetuned, chat_data):
-    """The logged loss equals the loss of the conversations one by one, unpacked, over their learned tokens."""
-    best = checkpoint.best(finetuned)
-    model = checkpoint.load(str(best)).model.eval()
-    tokens, learned, offsets = ChatDataset(chat_data, 64).arrays["val"]
+    """The logged loss equals the loss of the conversations one by one, unpacked, over their targets."""
+    best = checkpoint.find_best(finetuned)
+    model = pretrained.load_pretrained(str(best)).model.eval()
+    tokens, loss_mask, offsets = ChatDataset(chat_data, 64).arrays["val"]
     total = count = 0
     for begin, end in itertools.pairwise(offsets):
         row = torch.tensor(tokens[begin:end].astype("int64"))[None]
-        targets = torch.where(torch.tensor(learned[begin + 1 : end]), row[0, 1:], IGNORE)[None]
+        targets = torch.where(torch.tensor(loss_mask[begin + 1 : end]), row[0, 1:], IGNORE_INDEX)[None]
         with torch.no_grad():
             total += model(row[:, :-1], targets).item()
-        count += int(learned[begin + 1 : end].sum())
+        count += int(loss_mask[begin + 1 : end].sum())
     assert checkpoint.read_meta(best)["metrics"]["val_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
@@ -47,15 +51,15 @@ def test_packed_loss_equals_unpacked(chat_data):
     data = ChatDataset(chat_data, 64)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=261, n_layer=2, n_head=2, n_embd=32)).eval()
-    tokens, learned, offsets = data.arrays["train"]
+    tokens, loss_mask, offsets = data.arrays["train"]
     assert max(map(len, data.rows["train"])) > 1
     for row in range(data.n_rows["train"]):
         batch = data.batch("train", [row])
         alone = 0.0
         for i in data.rows["train"][row]:
             span = torch.tensor(tokens[offsets[i] : offsets[i + 1]].astype("int64"))[None]
-            mask = torch.tensor(learned[offsets[i] + 1 : offsets[i + 1]])
-            targets = torch.where(mask, span[0, 1:], IGNORE)[None]
+            mask = torch.tensor(loss_mask[offsets[i] + 1 : offsets[i + 1]])
+            targets = torch.where(mask, span[0, 1:], IGNORE_INDEX)[None]
             alone += model(span[:, :-1], targets).item()
         assert model(batch.tokens, batch.targets, batch.positions).item() == pytest.approx(alone, rel=1e-5)
 
@@ -64,21 +68,21 @@ def test_resumed_equals_uninterrupted(run_script, chat_data, pretrained, tmp_pat
     """With dropout, which must be drawn anew as it would have been; --init is not needed any more."""
     args = ("finetune.py", "--data", chat_data, *TUNE, *OFTEN, "--dropout", 0.2, "--deterministic")
     shutil.copytree(pretrained, tmp_path / "base")
-    run_script(*args, "--init", "./base", "--run", "./whole")
+    run_script(*args, "--init", "./base", "--out", "./whole")
     shutil.rmtree(tmp_path / "base")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "step_000012")
-    run_script(*args, "--init", "./base", "--run", "./broken")
+    run_script(*args, "--init", "./base", "--out", "./broken")
     for file in ("model.safetensors", "train_state.safetensors"):
         whole, broken = (tmp_path / run / "step_000012" / file for run in ("whole", "broken"))
         assert whole.read_bytes() == broken.read_bytes()
 
 
 def test_two_processes_equal_one(chat_data, pretrained, tmp_path):
-    """Though the two have different numbers of learned tokens in each micro-batch."""
+    """Though the two have different numbers of targets in each micro-batch."""
     args = ("finetune.py", "--init", pretrained, "--data", chat_data, *TUNE, *OFTEN, "--dropout", 0)
-    start(*args, "--run", "./one", cwd=tmp_path)
-    start(*args, "--run", "./two", "--micro_batch_size", 4, cwd=tmp_path, processes=2)
+    start(*args, "--out", "./one", cwd=tmp_path)
+    start(*args, "--out", "./two", "--micro_batch_size", 4, cwd=tmp_path, processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     validations = [[row["val_loss"] for row in read_log(tmp_path / run) if "val_loss" in row] for run in ("one", "two")]
     assert validations[0] == pytest.approx(validations[1], rel=1e-5)
@@ -87,7 +91,7 @@ def test_two_processes_equal_one(chat_data, pretrained, tmp_path):
 def test_epochs_say_how_long(run_script, chat_data, pretrained, tmp_path):
     rows = ChatDataset(chat_data, 64).n_rows["train"]
     sizes = ("--batch_tokens", 512, "--micro_batch_size", 8, "--epochs", 1.5)
-    run_script("finetune.py", "--init", pretrained, "--data", chat_data, "--run", "./run", *sizes)
+    run_script("finetune.py", "--init", pretrained, "--data", chat_data, "--out", "./run", *sizes)
     assert len(losses(tmp_path / "run")) == -(-1.5 * rows // 8)
 
 
@@ -99,7 +103,7 @@ def test_from_a_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
     (tmp_path / "chat.jsonl").write_text("".join(record.replace("Who", f"Who {i}") for i in range(40)))
     run_script("prepare_dolly.py", "--files", "chat.jsonl", "--block_size", 64, "--val_fraction", 0.3)
     run_script("finetune.py", "--init", "./gpt2", "--steps", 2, "--batch_tokens", 256, "--micro_batch_size", 2)
-    loaded = checkpoint.load(str(tmp_path / "runs" / "dolly"))
+    loaded = pretrained.load_pretrained(str(tmp_path / "runs" / "dolly"))
     assert loaded.tokenizer is gpt2_tokenizer and loaded.model.config.vocab_size == 50_261
     assert read_log(tmp_path / "runs" / "dolly")[0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50,261
 
@@ -140,7 +144,7 @@ def test_bad_inits(fails, pretrained, chat_data, text_data, tmp_path):
     shutil.copytree(pretrained, tmp_path / "cut")
     for weights in (tmp_path / "cut").glob("*/model.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-100])
-    assert "damaged or truncated" in fails(*args, "--init", "./cut")
+    assert "corrupt or truncated" in fails(*args, "--init", "./cut")
 
     small = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     checkpoint.save(tmp_path / "small" / "step_000001", small, {}, {"step": 1, "tokenizer": "bytes"})
@@ -166,9 +170,37 @@ def test_validation_does_not_depend_on_batching(chat_data):
 
 
 def test_a_checkpoint_tells_of_every_training_that_made_it(finetuned, pretrained):
-    first, second = checkpoint.load(str(finetuned)).history
-    assert [first] == checkpoint.load(str(pretrained)).history
+    first, second = pretrained.load_pretrained(str(finetuned)).history
+    assert [first] == pretrained.load_pretrained(str(pretrained)).history
     assert (first["config"]["model"], first["step"], second["step"]) == ("tiny", 12, 12)
     for training, name in ((first, "text.jsonl"), (second, "chat.jsonl")):
         assert training["source"]["files"][0]["file"].endswith(name)
     assert second["metrics"]["val_loss"] > 0
+
+
+@pytest.mark.parametrize("vocab_size", [37, 41, 48, 60])
+@torch.no_grad()
+def test_added_tokens_do_not_change_the_others(vocab_size):
+    """The vocabulary of 37 tokens has 48 rows: new tokens fit in the padding, or need more rows."""
+    model, tokens = small_model(dropout=0.1), random_tokens(2, 16)
+    model.wte.weight[37:] = 1e3  # padding must not count in the mean or in the logits
+    expected = model(tokens)
+    chat_model = add_chat_tokens(model, vocab_size, dropout=0.3).eval()
+    assert chat_model.config == replace(model.config, vocab_size=vocab_size, dropout=0.3)
+    assert chat_model(tokens).shape[-1] == vocab_size
+    assert_close(chat_model(tokens)[..., :37], expected, 1e-6)
+    mean = model.wte.weight[:37].mean(dim=0)
+    assert_close(chat_model.wte.weight[37:vocab_size], mean.expand(vocab_size - 37, -1), 1e-6)
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in chat_model.parameters())
+    assert model.config.vocab_size == 37 and torch.equal(model(tokens), expected)
+
+
+def test_model_with_added_tokens_can_be_trained():
+    chat_model = add_chat_tokens(small_model(), 41, dropout=0.0)
+    tokens = random_tokens(2, 8, vocab_size=41)
+    optimizer = torch.optim.SGD(chat_model.parameters(), lr=1e-3)
+    before = chat_model(tokens, tokens)
+    before.backward()
+    assert all(parameter.grad is not None for parameter in chat_model.parameters())
+    optimizer.step()
+    assert chat_model(tokens, tokens) < before

@@ -1,4 +1,4 @@
-"""generate.py as a real process: texts, answers, conversations, and what it says to mistakes."""
+"""generate.py as a real process: texts, answers, conversations, and its error messages."""
 
 import json
 
@@ -6,17 +6,17 @@ import pytest
 import torch
 from conftest import start
 
-import checkpoint
-from generate import message
+from minigpt import checkpoint
+from minigpt.chat import encode_prompt
+from minigpt.pretrained import load_pretrained, save_hf
 from model import GPT, GPTConfig
-from sampling import answer_prompt
 
 GREEDY = ("--temperature", 0, "--max_tokens", 20)
 
 
 @pytest.fixture(scope="module")
 def parrot(tmp_path_factory):
-    """A chat model that has learned four answers by heart."""
+    """A chat model that has memorised four answers."""
     folder = tmp_path_factory.mktemp("parrot")
     pairs = {"sky?": "Blue.", "grass?": "Green, mostly.", "snow?": "White.", "coal?": "Black as é."}
     records = [{"instruction": q, "context": "", "response": a} for q, a in pairs.items()] * 30
@@ -42,7 +42,7 @@ def test_answers_and_stops_by_itself(parrot):
 
 
 def test_conversation_remembers(parrot):
-    """Two turns are read, both are answered, and the end of the input ends it."""
+    """Two messages are answered, and the end of the input ends the chat."""
     folder, pairs = parrot
     done = start("generate.py", "--chat", *GREEDY, cwd=folder, input="sky?\nsnow?\n")
     first, second = done.stdout.split("> ")[1:3]
@@ -71,8 +71,8 @@ def test_samples_in_one_batch(run_script, pretrained):
     assert together == f"--- sample 1\n{alone}--- sample 2\n{alone}"
 
 
-def test_goes_on_past_the_context(run_script, pretrained):
-    """The tiny context is 64 tokens: 200 more are no reason to stop, a prompt of 100 is cut with a warning."""
+def test_continues_past_the_context(run_script, pretrained):
+    """The tiny context is 64 tokens: 200 more are generated, a prompt of 100 is truncated with a warning."""
     args = ("generate.py", "--checkpoint", pretrained, "--max_tokens", 200, "--temperature", 0)
     done = run_script(*args, "--prompt", "Document")
     assert len(done.stdout.encode()) >= 200 and done.stderr == ""
@@ -81,19 +81,19 @@ def test_goes_on_past_the_context(run_script, pretrained):
 
 
 def test_long_question_keeps_its_end(finetuned):
-    """A person pastes a document and asks last: what goes is the beginning."""
-    loaded = checkpoint.load(str(finetuned))
+    """People paste a document and ask at the end: the beginning is dropped."""
+    loaded = load_pretrained(str(finetuned))
     question = "Read this first. " * 20 + "How many?"
-    tokens, left_out = answer_prompt(loaded.model, loaded.tokenizer, [message("user", question)], 256)
+    tokens, n_dropped = encode_prompt(loaded.tokenizer, [{"role": "user", "content": question}], 64, 256)
     text = loaded.tokenizer.decode(tokens)
     assert text.endswith("How many?<|end|><|assistant|>") and text.startswith("<|endoftext|><|user|>")
     assert len(tokens) == 64 - 16  # a quarter of the context is kept for the answer
-    assert left_out == len(question) + 4 - len(tokens)
+    assert n_dropped == len(question) + 4 - len(tokens)
 
 
 def test_long_question_is_answered_with_a_warning(run_script, finetuned):
     done = run_script("generate.py", "--checkpoint", finetuned, "--prompt", "After 7? " * 20, *GREEDY)
-    assert "its oldest part is left out" in done.stderr and done.stdout
+    assert "its oldest part is dropped" in done.stderr and done.stdout
 
 
 def test_half_precision(run_script, pretrained):
@@ -102,7 +102,7 @@ def test_half_precision(run_script, pretrained):
 
 
 def test_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
-    GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2")
+    save_hf(GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)), tmp_path / "gpt2")
     done = run_script("generate.py", "--checkpoint", "./gpt2", "--prompt", "The sea", *GREEDY)
     assert done.stdout.startswith("The sea")
 
@@ -120,9 +120,9 @@ def test_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
         (("--prompt", "a", "--device", "meta"), "--device meta: this machine has no such device"),
         (("--prompt", "a", "--num_samples", 0), "--num_samples is 0"),
         (("--prompt", "a", "--max_tokens", 0), "--max_tokens is 0"),
-        (("--prompt", "a", "--chat"), "exclude each other"),
+        (("--prompt", "a", "--chat"), "cannot be combined"),
         (("--chat",), "is not a chat model"),
-        (("--prompt", "a", "--checkpoint", "runs/nowhere"), "runs/nowhere: no checkpoint there"),
+        (("--prompt", "a", "--checkpoint", "runs/nowhere"), "runs/nowhere: no checkpoint found"),
         (("--prompt", "a", "--checkpoint", "nobody/nothing"), "neither a folder nor a model on the hub"),
     ],
 )
@@ -131,11 +131,11 @@ def test_mistakes(fails, pretrained, flags, words):
     assert words in fails("generate.py", *checkpoint_flag, *flags)
 
 
-def test_damaged_checkpoints(fails, finetuned, tmp_path):
-    for name, words in {"model.safetensors": "damaged or truncated", "meta.json": "is damaged"}.items():
+def test_corrupt_checkpoints(fails, finetuned, tmp_path):
+    for name, words in {"model.safetensors": "corrupt or truncated", "meta.json": "is corrupt"}.items():
         folder = tmp_path / name / "step_000001"
         folder.mkdir(parents=True)
-        for file in checkpoint.checkpoints(finetuned)[-1].iterdir():
+        for file in checkpoint.list_checkpoints(finetuned)[-1].iterdir():
             data = file.read_bytes()
             (folder / file.name).write_bytes(data[: len(data) // 2] if file.name == name else data)
         assert words in fails("generate.py", "--checkpoint", folder, "--prompt", "a")

@@ -1,4 +1,4 @@
-"""plot.py draws what the log says: every value of it, at its place, and whatever state the log is in."""
+"""plot.py: every logged value is drawn at its place, and damaged or short logs are handled."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 from conftest import read_log
 
 import plot
-from cli import UserError
+from minigpt.cli import UserError
 
 ROWS = [{"step": 0, "tokens": 0, "val_loss": 5.0}]
 ROWS += [{"step": s, "tokens": 100 * s, "loss": 5.0 - s / 100, "lr": 1e-3, "tokens_per_s": 50.0} for s in range(1, 101)]
@@ -17,23 +17,24 @@ ROWS += [{"step": 100, "tokens": 10_000, "val_loss": 4.25}]
 
 
 def draw(*runs: list[dict], x: str = "tokens", smooth: float = 0.0) -> dict:
-    """The panels of a picture of these logs, by title; the figure is under None."""
-    named = {f"run{i}": plot.curves(rows, x) for i, rows in enumerate(runs)}
-    figure = plot.draw(named, plot.Config(tuple(named), x=x, smooth=smooth))
+    """Plot logs and return the panels by title, and the figure under the key None."""
+    curves = {f"run{i}": plot.get_curves(rows, x) for i, rows in enumerate(runs)}
+    figure = plot.draw_figure(curves, plot.Config(tuple(map(Path, curves)), x=x, smooth=smooth))
     return {axis.get_title("left"): axis for axis in figure.axes} | {None: figure}
 
 
 def lines(axis) -> list[tuple[list, list]]:
-    """What is drawn in a panel, without empty lines."""
+    """Return (x, y) of the lines in a panel, without empty ones."""
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines if len(line.get_xdata())]
 
 
-def test_runs_as_the_scripts_make_them(run_script, pretrained, finetuned, tmp_path):
+def test_runs_of_the_scripts(run_script, pretrained, finetuned, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(pretrained)
-    (tmp_path / "runs" / "old.png").write_text("a picture among the runs")
-    done = run_script("plot.py", "mine", f"{finetuned}/", "runs/old.png", "--x", "hours", "--out", "runs/new.png")
-    assert done.stdout == f"runs/new.png: mine, {finetuned}\n" and not done.stderr
+    (tmp_path / "runs" / "old.png").write_text("a picture, as runs/* finds it")
+    runs = ("runs/mine", f"{finetuned}/", "runs/old.png")
+    done = run_script("plot.py", *runs, "--x", "hours", "--out", "runs/new.png")
+    assert done.stdout == f"wrote runs/new.png with the curves of mine, {finetuned}\n" and not done.stderr
     assert (tmp_path / "runs" / "new.png").read_bytes().startswith(b"\x89PNG")
     run_script("plot.py", pretrained)
     assert (tmp_path / "loss.png").stat().st_size > 20_000
@@ -51,7 +52,7 @@ def test_every_value_is_drawn_at_its_place(pretrained):
     )
 
 
-def test_what_it_is_drawn_against():
+def test_x_axis():
     for x, last in {"tokens": 10_000, "steps": 100, "hours": 10_000 / 50 / 3600}.items():
         panels = draw(ROWS, x=x)
         assert lines(panels["Training loss"])[0][0][-1] == pytest.approx(last)
@@ -59,22 +60,23 @@ def test_what_it_is_drawn_against():
         assert x in panels["Learning rate"].get_xlabel()
 
 
-def test_hours_are_of_each_steps_own_speed():
+def test_hours_use_the_speed_of_each_step():
     rows = [dict(row, tokens_per_s=50 if row["step"] <= 50 else 100) for row in ROWS]
     hours = lines(draw(rows, x="hours")["Learning rate"])[0][0]
     assert hours[49] == pytest.approx(5000 / 50 / 3600) and hours[99] - hours[49] == pytest.approx(50 / 3600)
 
 
-def test_smoothing_is_said_and_moves_nothing():
+def test_smoothing_keeps_positions_and_is_in_the_caption():
     values = np.concatenate([np.linspace(9, 3, 500), np.full(500, 3.0)])
     noisy = values + np.random.default_rng(0).normal(0, 0.1, 1000)
-    assert np.allclose(plot.smoothed(values, 0), values)
-    assert np.allclose(plot.smoothed(values, 0.02), values, atol=0.05)
-    assert np.std(plot.smoothed(noisy, 0.02) - values) < 0.03 and abs(plot.smoothed(noisy, 0.02)[-1] - 3) < 0.1
+    assert np.allclose(plot.moving_average(values, 0), values)
+    assert np.allclose(plot.moving_average(values, 0.02), values, atol=0.05)
+    averaged = plot.moving_average(noisy, 0.02)
+    assert np.std(averaged - values) < 0.03 and abs(averaged[-1] - 3) < 0.1
     panels = draw(ROWS, smooth=0.02)
     assert "mean over 2 % of a run's steps" in panels[None].get_supxlabel()
-    faint, full = panels["Training loss"].lines[-3], panels["Training loss"].lines[-1]
-    assert faint.get_alpha() < 0.5 and full.get_alpha() is None
+    faint, opaque = panels["Training loss"].lines[-3], panels["Training loss"].lines[-1]
+    assert faint.get_alpha() < 0.5 and opaque.get_alpha() is None
 
 
 def test_skipped_steps_are_marked():
@@ -86,71 +88,72 @@ def test_skipped_steps_are_marked():
     assert "skipped" in panels[None].get_supxlabel() and "skipped" not in draw(ROWS)[None].get_supxlabel()
 
 
-def test_hellaswag_has_a_panel_where_a_run_has_it():
-    more = [dict(row, hellaswag=0.3, hellaswag_norm=0.35, samples=[]) if "val_loss" in row else row for row in ROWS]
+def test_hellaswag_panel_only_if_logged():
+    accuracy = {"hellaswag": 0.3, "hellaswag_norm": 0.35, "samples": []}
+    rows = [row | accuracy if "val_loss" in row else row for row in ROWS]
     assert "HellaSwag accuracy" not in draw(ROWS)
-    assert lines(draw(ROWS, more)["HellaSwag accuracy"]) == [([0, 10_000], [0.3, 0.3]), ([0, 10_000], [0.35, 0.35])]
+    assert lines(draw(ROWS, rows)["HellaSwag accuracy"]) == [([0, 10_000], [0.3, 0.3]), ([0, 10_000], [0.35, 0.35])]
 
 
 @pytest.mark.parametrize(
     "rows", [ROWS[:1], ROWS[:2], ROWS[1:2], [dict(ROWS[1], loss=None)], [dict(ROWS[0], val_loss=math.nan)]]
 )
-def test_a_run_that_has_only_begun(rows, tmp_path):
+def test_a_run_that_has_just_started(rows, tmp_path):
     for x in ("tokens", "hours", "steps"):
         draw(rows, x=x)[None].savefig(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("cut", ['{"step": 101, "tok', "\x00\x00", '"a"\n7\n[]', "{}"])
-def test_a_line_that_a_crash_cut_short(tmp_path, cut):
+def test_a_line_cut_off_by_a_crash(tmp_path, cut):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS) + cut)
     assert plot.read_log(tmp_path) == ROWS
 
 
-def test_axes_are_logarithmic_where_it_serves():
+def test_axes_are_logarithmic_for_wide_ranges():
     def scales(*runs):
         return {title: axis.get_yscale() for title, axis in draw(*runs).items() if title}
 
     assert set(scales(ROWS).values()) == {"linear"}
     assert set(scales(ROWS, [row | {"tokens_per_s": 400.0, "lr": 2e-4} for row in ROWS[1:-1]]).values()) == {"linear"}
-    far = scales(ROWS, [dict(row, tokens_per_s=900.0, lr=9e-5, loss=1.0) for row in ROWS if "loss" in row])
-    assert set(far.values()) == {"log"}
+    wide = scales(ROWS, [dict(row, tokens_per_s=900.0, lr=9e-5, loss=1.0) for row in ROWS if "loss" in row])
+    assert set(wide.values()) == {"log"}
 
 
-def test_six_runs_can_be_told_apart():
+def test_six_runs_look_different():
     panels = draw(*[ROWS] * 6)
     handles = panels[None].legends[0].legend_handles
-    looks = {(handle.get_color(), handle.get_marker()) for handle in handles}
-    assert len(looks) == 6 and len({color for color, _ in looks}) == 6 and len({marker for _, marker in looks}) == 6
+    styles = {(handle.get_color(), handle.get_marker()) for handle in handles}
+    assert len(styles) == 6 and len({color for color, _ in styles}) == 6 and len({marker for _, marker in styles}) == 6
 
 
-def test_a_name_is_no_markup(run_script, tmp_path):
+def test_names_are_not_parsed_as_markup(run_script, tmp_path):
     for name in ("_try", r"a$\frac$b"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    run_script("plot.py", "_try", r"a$\frac$b")
-    figure = plot.draw({"_try": plot.curves(ROWS, "tokens")}, plot.Config(("_try",)))
+    run_script("plot.py", "runs/_try", r"runs/a$\frac$b")
+    figure = plot.draw_figure({"_try": plot.get_curves(ROWS, "tokens")}, plot.Config((Path("_try"),)))
     assert "_try" in figure.legends[0].get_texts()[0].get_text()
 
 
 @pytest.mark.parametrize("value, text", [(0, "0"), (1500, "1.5k"), (2e7, "20M"), (1e10, "10B"), (0.1 + 0.2, "0.3")])
-def test_numbers_as_people_write_them(value, text):
-    assert plot.short(value) == text
+def test_format_number(value, text):
+    assert plot.format_number(value) == text
 
 
 @pytest.mark.parametrize("value, text", [(0, "0"), (6e-4, "6e-4"), (1.25e-3, "1.25e-3"), (0.01, "1e-2")])
-def test_learning_rates_as_people_write_them(value, text):
-    assert plot.scientific(value) == text
+def test_format_lr(value, text):
+    assert plot.format_lr(value) == text
 
 
-def test_what_cannot_be_drawn_is_said(fails, tmp_path):
+def test_errors(fails, tmp_path):
     (tmp_path / "runs" / "new").mkdir(parents=True)
-    assert "runs/nowhere has no log.jsonl" in fails("plot.py", "nowhere")
+    assert "runs/nowhere has no log.jsonl" in fails("plot.py", "runs/nowhere")
     (tmp_path / "runs" / "new" / "log.jsonl").write_text('{"step": 0, "tok')
     assert "runs/new/log.jsonl has no steps yet" in fails("plot.py", "runs/new")
-    assert "no run is named" in fails("plot.py")
-    assert "--out loss.xyz" in fails("plot.py", "new", "--out", "loss.xyz")
+    assert "no run folder given" in fails("plot.py")
+    assert "--out loss.xyz" in fails("plot.py", "runs/new", "--out", "loss.xyz")
     (tmp_path / "runs" / "new" / "log.jsonl").write_text(json.dumps(ROWS[0]))
-    assert "nowhere/loss.png" in fails("plot.py", "new", "--out", "nowhere/loss.png")
+    assert "nowhere/loss.png" in fails("plot.py", "runs/new", "--out", "nowhere/loss.png")
     assert not list(tmp_path.glob("*.png"))
     with pytest.raises(UserError):
         plot.read_log(Path("nowhere"))

@@ -1,4 +1,4 @@
-"""prepare_dolly.py as people run it: instructions and conversations in, tokens and a mask of what is learned out."""
+"""prepare_dolly.py as a subprocess: instructions and conversations in, tokens and loss mask out."""
 
 import gzip
 import hashlib
@@ -19,8 +19,9 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, error_of
 
-from shards import INCOMPLETE
-from tokenizer import load_tokenizer
+from minigpt.chat import encode_chat
+from minigpt.shards import INCOMPLETE
+from minigpt.tokenizer import load_tokenizer
 
 SCRIPT = "prepare_dolly.py"
 SPLITS = ("train", "val")
@@ -39,7 +40,7 @@ def write_jsonl(file: Path, records: list[dict]) -> None:
 
 @pytest.fixture
 def prepare(run_script, tmp_path):
-    """Run the script on these records and some that serve to fill both splits, into the folder "out"."""
+    """Run the script on these records, and with `filling` on some more for both splits, into the folder "out"."""
 
     def run(records: list[dict], expect: int = 0, filling: bool = True, **flags):
         write_jsonl(tmp_path / "chat.jsonl", records + RECORDS * filling)
@@ -51,22 +52,22 @@ def prepare(run_script, tmp_path):
 
 
 def encoded(folder: Path, split: str) -> list[tuple[list[int], list[bool]]]:
-    """The conversations of a split, (tokens, learned) each."""
-    arrays = {key: np.load(folder / f"{split}_{key}.npy") for key in ("tokens", "learned", "offsets")}
+    """Return the conversations of a split, (tokens, loss_mask) each."""
+    arrays = {key: np.load(folder / f"{split}_{key}.npy") for key in ("tokens", "loss_mask", "offsets")}
     assert [array.dtype for array in arrays.values()] == [np.uint16, bool, np.int64]
     offsets = arrays["offsets"].tolist()
-    assert offsets[0] == 0 and offsets[-1] == len(arrays["tokens"]) == len(arrays["learned"])
-    return [(arrays["tokens"][a:b].tolist(), arrays["learned"][a:b].tolist()) for a, b in pairwise(offsets)]
+    assert offsets[0] == 0 and offsets[-1] == len(arrays["tokens"]) == len(arrays["loss_mask"])
+    return [(arrays["tokens"][a:b].tolist(), arrays["loss_mask"][a:b].tolist()) for a, b in pairwise(offsets)]
 
 
 def conversations(folder: Path) -> list[str]:
-    """All conversations as text, the learned parts between braces."""
-    return [marked(*conversation) for split in SPLITS for conversation in encoded(folder, split)]
+    """Return all conversations as text, with tokens in the loss between braces."""
+    return [format_marked(*conversation) for split in SPLITS for conversation in encoded(folder, split)]
 
 
-def marked(tokens: list[int], learned: list[bool]) -> str:
+def format_marked(tokens: list[int], loss_mask: list[bool]) -> str:
     text, inside = b"", False
-    for token, mark in zip(tokens, learned, strict=True):
+    for token, mark in zip(tokens, loss_mask, strict=True):
         text += (b"{" if mark else b"}") if mark != inside else b""
         text, inside = text + BYTES.token_bytes(token), mark
     return text.decode() + ("}" if inside else "")
@@ -84,120 +85,108 @@ def counts(folder: Path) -> tuple[int, int, int]:
     return tuple(meta(folder)[key] for key in ("shortened", "dropped", "skipped_empty"))
 
 
-# ---- what comes out ------------------------------------------------------------------------------------------------
+# ---- the dataset -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("record", "expected"),
-    [
-        (
-            {"instruction": "Who?", "context": "", "response": "Jane.", "category": "open_qa"},
-            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
-        ),
-        (
-            {"instruction": "Who?", "context": "Emma, by Jane", "response": "Jane."},
-            "<|endoftext|><|user|>Who?\n\nEmma, by Jane<|end|><|assistant|>{Jane.<|end|>}",
-        ),
-        (
-            {"instruction": "Who?", "context": None, "response": "Jane."},
-            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
-        ),
-        (
-            {"instruction": "Who?", "input": "Emma, by Jane", "output": "Jane."},
-            "<|endoftext|><|user|>Who?\n\nEmma, by Jane<|end|><|assistant|>{Jane.<|end|>}",
-        ),
-        (
-            {"instruction": "Who?", "output": "Jane."},
-            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "system", "content": "Be kind."},
-                    {"role": "user", "content": "Hi"},
-                    {"role": "assistant", "content": "Hello!"},
-                    {"role": "user", "content": "Bye"},
-                    {"role": "assistant", "content": "See you."},
-                ]
-            },
-            "<|endoftext|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>{Hello!<|end|>}"
-            "<|user|>Bye<|end|><|assistant|>{See you.<|end|>}",
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "text", "text": "W"}, {"type": "text", "text": "ho?"}]},
-                    {"role": "assistant", "content": "Jane."},
-                ]
-            },
-            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
-        ),
-        (
-            {"prompt": "Who?", "completion": "Jane."},
-            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
-        ),
-        (
-            {
-                "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}],
-                "completion": [{"role": "assistant", "content": "Jane."}],
-                "messages": None,
-            },
-            "<|endoftext|><|system|>Be kind.<|end|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
-        ),
-        (
-            {
-                "prompt": [{"role": "user", "content": "Hi"}, FINE, {"role": "user", "content": "Who?"}],
-                "completion": [FINE, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "No."}],
-            },
-            "<|endoftext|><|user|>Hi<|end|><|assistant|>Yes.<|end|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}"
-            "<|user|>Sure?<|end|><|assistant|>{No.<|end|>}",
-        ),
-        (
-            {
-                "conversations": [
-                    {"from": "system", "value": "Be kind."},
-                    {"from": "human", "value": "Hi", "weight": None},
-                    {"from": "gpt", "value": "Hello!"},
-                    {"from": "user", "value": "Bye"},
-                    {"from": "assistant", "value": "See you."},
-                ]
-            },
-            "<|endoftext|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>{Hello!<|end|>}"
-            "<|user|>Bye<|end|><|assistant|>{See you.<|end|>}",
-        ),
-        (
-            {"conversations": [{"role": "user", "content": "Who?", "from": None}, FINE]},
-            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}",
-        ),
-        (
-            {"prompt": "Who?", "prompt_id": "7", "messages": [{"role": "user", "content": "Who?"}, FINE]},
-            "<|endoftext|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}",
-        ),
-    ],
-    ids=[
-        "dolly",
-        "dolly with context",
-        "context null",
-        "alpaca",
-        "alpaca without input",
-        "messages",
-        "messages in parts",
-        "prompt and completion",
-        "prompt and completion in messages",
-        "answers in the prompt",
-        "sharegpt",
-        "conversations of roles",
-        "messages beside a prompt",
-    ],
-)
-def test_every_kind_of_record(prepare, tmp_path, record, expected):
-    prepare([record])
-    assert expected in conversations(tmp_path / "out")
+LAYOUTS = [
+    (
+        {"instruction": "Who?", "context": "", "response": "Jane.", "category": "open_qa"},
+        "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+    ),
+    (
+        {"instruction": "Who?", "context": "Emma, by Jane", "response": "Jane."},
+        "<|endoftext|><|user|>Who?\n\nEmma, by Jane<|end|><|assistant|>{Jane.<|end|>}",
+    ),
+    (
+        {"instruction": "Who?", "context": None, "response": "Jane."},
+        "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+    ),
+    (
+        {"instruction": "Who?", "input": "Emma, by Jane", "output": "Jane."},
+        "<|endoftext|><|user|>Who?\n\nEmma, by Jane<|end|><|assistant|>{Jane.<|end|>}",
+    ),
+    (
+        {"instruction": "Who?", "output": "Jane."},
+        "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello!"},
+                {"role": "user", "content": "Bye"},
+                {"role": "assistant", "content": "See you."},
+            ]
+        },
+        "<|endoftext|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>{Hello!<|end|>}"
+        "<|user|>Bye<|end|><|assistant|>{See you.<|end|>}",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "W"}, {"type": "text", "text": "ho?"}]},
+                {"role": "assistant", "content": "Jane."},
+            ]
+        },
+        "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+    ),
+    (
+        {"prompt": "Who?", "completion": "Jane."},
+        "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+    ),
+    (
+        {
+            "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}],
+            "completion": [{"role": "assistant", "content": "Jane."}],
+            "messages": None,
+        },
+        "<|endoftext|><|system|>Be kind.<|end|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}",
+    ),
+    (
+        {
+            "prompt": [{"role": "user", "content": "Hi"}, FINE, {"role": "user", "content": "Who?"}],
+            "completion": [FINE, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "No."}],
+        },
+        "<|endoftext|><|user|>Hi<|end|><|assistant|>Yes.<|end|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}"
+        "<|user|>Sure?<|end|><|assistant|>{No.<|end|>}",
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                {"from": "human", "value": "Hi", "weight": None},
+                {"from": "gpt", "value": "Hello!"},
+                {"from": "user", "value": "Bye"},
+                {"from": "assistant", "value": "See you."},
+            ]
+        },
+        "<|endoftext|><|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>{Hello!<|end|>}"
+        "<|user|>Bye<|end|><|assistant|>{See you.<|end|>}",
+    ),
+    (
+        {"conversations": [{"role": "user", "content": "Who?", "from": None}, FINE]},
+        "<|endoftext|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}",
+    ),
+    (
+        {"prompt": "Who?", "prompt_id": "7", "messages": [{"role": "user", "content": "Who?"}, FINE]},
+        "<|endoftext|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}",
+    ),
+]
+
+
+def test_every_layout(prepare, tmp_path):
+    """Equal conversations of several layouts are counted."""
+    prepare([record for record, _ in LAYOUTS])
+    expected = Counter(text for _, text in LAYOUTS)
+    found = Counter(conversations(tmp_path / "out"))
+    assert {text: found[text] for text in expected} == expected
+    assert found.total() == len(LAYOUTS) + len(RECORDS)
 
 
 @pytest.mark.parametrize("name", ["chat.jsonl.gz", "chat.json", "chat.json.zst", "chat.parquet", "folder"])
-def test_every_kind_of_file(prepare, tmp_path, name):
-    """The same records give the same arrays, whatever file they come in; lists of messages go through Parquet, too."""
+def test_every_file_format(prepare, tmp_path, name):
+    """The same records give the same arrays in every format; Parquet holds lists of messages too."""
     records = [{"messages": [{"role": "user", "content": f"After {i}?"}, FINE], "id": i} for i in range(40)]
     prepare(records, filling=False, out="plain")
     lines, array = "".join(json.dumps(record) + "\n" for record in records).encode(), json.dumps(records).encode()
@@ -210,11 +199,11 @@ def test_every_kind_of_file(prepare, tmp_path, name):
     (folder / "1.json").write_text(json.dumps(records[:20]))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records[20:]), folder / "2.parquet")
     prepare([], files=name)
-    plain, packed = ({n: b for n, b in contents(tmp_path / f).items() if n.endswith(".npy")} for f in ("plain", "out"))
-    assert len(plain) == 6 and packed == plain
+    plain, other = ({n: b for n, b in contents(tmp_path / f).items() if n.endswith(".npy")} for f in ("plain", "out"))
+    assert len(plain) == 6 and other == plain
 
 
-def test_answers_in_a_prompt_that_is_shortened_are_not_learned(prepare, tmp_path):
+def test_answers_in_a_truncated_prompt_are_not_in_the_loss(prepare, tmp_path):
     prompt = [{"role": "user", "content": "u" * 50}, FINE, {"role": "user", "content": "Hi"}, FINE]
     prepare([{"prompt": [*prompt, {"role": "user", "content": "Who?"}], "completion": [FINE]}], block_size=60)
     expected = "<|user|>Hi<|end|><|assistant|>Yes.<|end|><|user|>Who?<|end|><|assistant|>{Yes.<|end|>}"
@@ -222,7 +211,7 @@ def test_answers_in_a_prompt_that_is_shortened_are_not_learned(prepare, tmp_path
 
 
 def test_another_split_of_a_hub_dataset(run_script, tmp_path):
-    """In Arrow, a field that other records have is null, and messages are lists of structures."""
+    """In Arrow, fields of other records are null, and messages are lists of structs."""
     (tmp_path / "files").mkdir()
     answer = {"from": "gpt", "value": "Yes."}
     talks = [{"conversations": [{"from": "human", "value": f"{i}?"}, answer]} for i in range(9)]
@@ -230,14 +219,14 @@ def test_another_split_of_a_hub_dataset(run_script, tmp_path):
     write_jsonl(tmp_path / "files" / "test.jsonl", [*talks, *RECORDS])
     flags = ("--dataset", "some/chats", "--split", "test", "--tokenizer", "bytes", "--val_fraction", 0.2)
     with hub.serve(tmp_path / "files") as address:
-        there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-        run_script(SCRIPT, *flags, "--out", "out", env=there)
+        env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        run_script(SCRIPT, *flags, "--out", "out", env=env)
     found = conversations(tmp_path / "out")
     assert len(found) == 49 and "<|endoftext|><|user|>8?<|end|><|assistant|>{Yes.<|end|>}" in found
     assert meta(tmp_path / "out")["source"]["split"] == "test"
 
 
-def test_all_conversations_come_back_with_the_manifest(prepare, tmp_path):
+def test_all_conversations_are_read_back_and_described_in_meta_json(prepare, tmp_path):
     done = prepare([])
     out = tmp_path / "out"
     assert sorted(conversations(out)) == sorted(
@@ -252,47 +241,48 @@ def test_all_conversations_come_back_with_the_manifest(prepare, tmp_path):
         both = encoded(out, split)
         assert found[split]["documents"] == len(both) > 0
         assert found[split]["tokens"] == sum(len(tokens) for tokens, _ in both)
-        assert found[split]["learned_tokens"] == sum(sum(learned) for _, learned in both)
-        assert f"{split}: {len(both)} conversations, {found[split]['learned_tokens']:,} of" in done.stdout
-        for tokens, _ in both:  # a marker in the text is never a special token
+        assert found[split]["loss_tokens"] == sum(sum(loss_mask) for _, loss_mask in both)
+        in_loss = f"{found[split]['loss_tokens']:,} of {found[split]['tokens']:,} tokens in the loss"
+        assert f"{split}: {len(both)} conversations, {in_loss}\n" in done.stdout
+        for tokens, _ in both:  # text that looks like a special token stays text
             assert [token for token in tokens if token >= BYTES.end_of_text] == [256, 258, 260, 259, 260]
-    assert "next: python finetune.py --init RUN --data out --run out" in done.stdout and done.stderr == ""
+    assert "next: python finetune.py --init RUN --data out --out runs/out\n" in done.stdout and done.stderr == ""
 
 
 def test_gpt2_tokens(prepare, tmp_path, gpt2_tokenizer):
     prepare([], tokenizer="gpt2")
     messages = [{"role": "user", "content": "Question 0 ä?"}, {"role": "assistant", "content": "Answer 0 👍."}]
     found = [conversation for split in SPLITS for conversation in encoded(tmp_path / "out", split)]
-    assert gpt2_tokenizer.encode_chat(messages) in found
+    assert encode_chat(gpt2_tokenizer, messages) in found
 
 
-def test_the_same_input_gives_the_same_bytes_and_is_not_made_twice(prepare, tmp_path):
+def test_the_same_input_gives_the_same_bytes_and_a_second_run_changes_nothing(prepare, tmp_path):
     prepare([], out="one")
     prepare([])
     assert contents(tmp_path / "one") == contents(tmp_path / "out")
-    assert prepare([]).stdout == "out is already complete.\n"
+    assert prepare([]).stdout == "out is already complete\n"
     assert contents(tmp_path / "one") == contents(tmp_path / "out")
 
 
 def test_prepared_folders_stay_valid(prepare, tmp_path):
-    """The bytes that earlier versions wrote, manifest included: a change would make everybody prepare again."""
+    """The same bytes as earlier versions, meta.json included: a change would make everyone prepare their data again."""
     prepare([{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, FINE]}])
     whole = b"".join(data for name, data in sorted(contents(tmp_path / "out").items()) if name != ".lock")
-    assert hashlib.sha256(whole).hexdigest() == "c53c653688366280ba308bb9c8d5f340d461fb7eeb03cd35737d66cf36370985"
+    assert hashlib.sha256(whole).hexdigest() == "9a0309a864d4fc0a1ad21ab3ca5be4ac92fa423fce2ccec59458f629d7f2f404"
 
 
-def test_an_interrupted_run_is_done_again(prepare, tmp_path):
+def test_an_interrupted_run_is_completed(prepare, tmp_path):
     prepare([])
     out = tmp_path / "out"
     whole = contents(out)
     (out / "meta.json").rename(out / INCOMPLETE)
     (out / "train_tokens.npy").write_bytes(b"half")
-    (out / "val_learned.npy.tmp").write_bytes(b"half")
+    (out / "val_loss_mask.npy.tmp").write_bytes(b"half")
     prepare([])
     assert contents(out) == whole
 
 
-def test_a_conversation_moves_to_no_other_split(prepare, tmp_path):
+def test_adding_conversations_moves_none_to_the_other_split(prepare, tmp_path):
     more = [{"instruction": f"Another {i}", "response": "Yes."} for i in range(30)]
     prepare([], out="before")
     prepare(more, out="after")
@@ -301,7 +291,7 @@ def test_a_conversation_moves_to_no_other_split(prepare, tmp_path):
         assert all(conversation in after for conversation in before) and len(after) > len(before)
 
 
-def test_too_long_a_context_is_shortened_and_the_answer_stays(prepare, tmp_path):
+def test_a_context_that_is_too_long_is_truncated_and_the_answer_kept(prepare, tmp_path):
     long = {"instruction": "Who?", "context": "by Jane " * 50, "response": "Jane Austen."}
     prepare([long], block_size=100)
     question = ("Who?\n\n" + "by Jane " * 50)[: 100 - len("Jane Austen.") - 5]  # five special tokens
@@ -311,7 +301,7 @@ def test_too_long_a_context_is_shortened_and_the_answer_stays(prepare, tmp_path)
     assert len(found) == len(RECORDS) + 1
 
 
-def test_a_conversation_that_just_fits_stays_whole(prepare, tmp_path):
+def test_a_conversation_of_exactly_block_size_is_kept_whole(prepare, tmp_path):
     exact = {"instruction": "x" * 50, "response": "y" * 45}
     prepare([exact], block_size=100)
     assert f"<|endoftext|><|user|>{'x' * 50}<|end|><|assistant|>{{{'y' * 45}<|end|>}}" in conversations(
@@ -320,31 +310,32 @@ def test_a_conversation_that_just_fits_stays_whole(prepare, tmp_path):
     assert counts(tmp_path / "out") == (0, 0, 0)
 
 
-def test_old_turns_go_first(prepare, tmp_path):
+def test_the_oldest_turns_are_dropped_first(prepare, tmp_path):
     turns = [("user", "u" * 50), ("assistant", "a" * 50), ("user", "Last?"), ("assistant", "Last.")]
     prepare([{"messages": [{"role": role, "content": content} for role, content in turns]}], block_size=100)
     assert "<|endoftext|><|user|>Last?<|end|><|assistant|>{Last.<|end|>}" in conversations(tmp_path / "out")
 
 
-def test_what_is_shortened_and_left_out_is_counted_and_said(prepare, tmp_path):
-    shortened = [{"instruction": "x" * 200, "response": "Yes."}]
+def test_truncated_and_skipped_records_are_counted_and_printed(prepare, tmp_path):
+    truncated = [{"instruction": "x" * 200, "response": "Yes."}]
     dropped = [{"instruction": "Who?", "response": "y" * 200}] * 2
     blank = {"instruction": " ", "context": "", "response": "\n"}
     unanswered = {"instruction": "Who?", "response": ""}
     empty = [blank, unanswered, {"messages": [{"role": "assistant", "content": ""}]}]
-    done = prepare([*shortened, *dropped, *empty], block_size=100)
+    done = prepare([*truncated, *dropped, *empty], block_size=100)
     assert counts(tmp_path / "out") == (1, 2, 3)
     assert len(conversations(tmp_path / "out")) == len(RECORDS) + 1
-    said = " ".join(line for line in done.stdout.splitlines() if not line.startswith(("train:", "val:")))
-    assert re.search(r"\b1 .*shortened to 100 tokens.*\b2 .*longer.*\b3 without any", said)
+    assert done.stdout.splitlines()[2] == (
+        "out: 46 records, 1 truncated to 100 tokens, 2 dropped for an answer longer than that, 3 without an answer"
+    )
 
 
-# ---- several sources -----------------------------------------------------------------------------------------------
+# ---- several sources -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mix(run_script, tmp_path):
-    """Run the script on sources with weights; "a" and "b" have 300 conversations each, of which 100 are the same."""
+    """Run the script on sources with weights; "a" and "b" have 300 conversations each and share 100."""
     for name, numbers in (("a", range(300)), ("b", range(200, 500))):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{i}?", "completion": "Yes."} for i in numbers])
 
@@ -356,12 +347,12 @@ def mix(run_script, tmp_path):
 
 
 def times(folder: Path, split: str) -> Counter[int]:
-    """How often each number's conversation is in a split."""
-    texts = [marked(*conversation) for conversation in encoded(folder, split)]
+    """Count how often the conversation of each number is in a split."""
+    texts = [format_marked(*conversation) for conversation in encoded(folder, split)]
     return Counter(int(re.fullmatch(r"<\|endoftext\|><\|user\|>(\d+)\?.*", text)[1]) for text in texts)
 
 
-def test_weights_say_how_often_a_conversation_is_trained_on(mix, tmp_path):
+def test_weights_are_how_often_a_conversation_is_in_the_training_split(mix, tmp_path):
     done = mix("a.jsonl=2.5", "b.jsonl=0.5")
     train, val = times(tmp_path / "out", "train"), times(tmp_path / "out", "val")
     assert not train.keys() & val.keys() and set(val.values()) == {1}
@@ -369,17 +360,17 @@ def test_weights_say_how_often_a_conversation_is_trained_on(mix, tmp_path):
     alone, both, other = ([train[i] for i in numbers if i not in val] for numbers in ranges)
     assert set(alone) == {2, 3} and alone.count(3) / len(alone) == pytest.approx(0.5, abs=0.15)
     assert set(other) == {0, 1} and other.count(1) / len(other) == pytest.approx(0.5, abs=0.15)
-    assert set(both) == {2, 4}  # the same hash decides about the third time and about the half
-    assert 0.1 < sum(i < 300 for i in val) / 300 < 0.3  # each conversation of the first source, as without weights
-    described = meta(tmp_path / "out")["source"]["mix"]
-    assert [(part["weight"], part["files"][0]["file"]) for part in described] == [(2.5, "a.jsonl"), (0.5, "b.jsonl")]
+    assert set(both) == {2, 4}  # the same hash selects the third copy and the half
+    assert 0.1 < sum(i < 300 for i in val) / 300 < 0.3  # as without weights
+    mix_meta = meta(tmp_path / "out")["source"]["mix"]
+    assert [(part["weight"], part["files"][0]["file"]) for part in mix_meta] == [(2.5, "a.jsonl"), (0.5, "b.jsonl")]
     of_a = sum(alone) + sum(both) - both.count(4) + sum(i < 300 for i in val)
     of_b = sum(train.values()) + sum(val.values()) - of_a
     for label, n in {"a.jsonl=2.5": of_a, "b.jsonl=0.5": of_b}.items():
-        assert f"{label}: {n:,} conversations, {n * len('Yes.!'):,} learned tokens\n" in done.stdout
+        assert f"{label}: {n:,} conversations, {n * len('Yes.!'):,} tokens in the loss\n" in done.stdout
 
 
-def test_more_data_never_changes_what_was_chosen(mix, tmp_path):
+def test_adding_data_does_not_change_the_selection(mix, tmp_path):
     mix("a.jsonl=0.5", out="before")
     mix("b.jsonl=1", "a.jsonl=0.5", out="after")
     for split in SPLITS:
@@ -387,43 +378,43 @@ def test_more_data_never_changes_what_was_chosen(mix, tmp_path):
         assert {i for i in before if i < 200} == {i for i in after if i < 200}
 
 
-def test_weight_one_is_the_plain_case(mix, run_script, tmp_path):
+def test_weight_one_equals_no_mix(mix, run_script, tmp_path):
     mix("a.jsonl=1")
     run_script(SCRIPT, "--files", "a.jsonl", "--tokenizer", "bytes", "--val_fraction", 0.2, "--out", "plain")
     for split in SPLITS:
         assert encoded(tmp_path / "out", split) == encoded(tmp_path / "plain", split)
-    assert mix("a.jsonl=1").stdout == "out is already complete.\n"
-    assert "out already holds another dataset (the source is another)" in error_of(mix("a.jsonl=2", expect=2))
+    assert mix("a.jsonl=1").stdout == "out is already complete\n"
+    assert "out already holds another dataset (the source differs)" in error_of(mix("a.jsonl=2", expect=2))
 
 
-def test_without_a_mix_repeated_records_stay(prepare, tmp_path):
-    """As they always did; in a mix, validation has each conversation once."""
+def test_duplicates_are_kept_without_a_mix(prepare, tmp_path):
+    """With a mix, the validation split has each conversation once."""
     prepare(RECORDS)
     prepare(RECORDS, mix="chat.jsonl=1", files=None, out="mixed")
     plain, mixed = (Counter(map(str, encoded(tmp_path / out, "val"))) for out in ("out", "mixed"))
     assert set(plain.values()) == {2} and set(mixed.values()) == {1} and plain.keys() == mixed.keys()
 
 
-def test_files_and_a_hub_dataset_are_mixed(mix, tmp_path):
+def test_a_mix_of_files_and_a_hub_dataset(mix, tmp_path):
     (tmp_path / "files").mkdir()
     write_jsonl(tmp_path / "files" / "train.jsonl", [{"prompt": "7000?", "completion": "No."}])
     write_jsonl(tmp_path / "files" / "test.jsonl", [{"prompt": f"{i}?", "completion": "Yes."} for i in range(900, 940)])
     with hub.serve(tmp_path / "files") as address:
-        there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-        mix("a.jsonl=1", "some/chats::test=3", env=there)
+        env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        mix("a.jsonl=1", "some/chats::test=3", env=env)
     train, val = times(tmp_path / "out", "train"), times(tmp_path / "out", "val")
     assert {train[i] for i in range(900, 940) if i not in val} == {3} and 7000 not in train | val
-    described = meta(tmp_path / "out")["source"]["mix"][1]
-    assert described == {"weight": 3, "dataset": "some/chats", "name": None, "revision": hub.REVISION, "split": "test"}
+    hub_meta = meta(tmp_path / "out")["source"]["mix"][1]
+    assert hub_meta == {"weight": 3, "dataset": "some/chats", "name": None, "revision": hub.REVISION, "split": "test"}
 
 
-def test_finetuning_takes_a_mix(mix, run_script, pretrained, tmp_path):
+def test_a_mix_can_be_finetuned_on(mix, run_script, pretrained, tmp_path):
     mix("a.jsonl=2.5", "b.jsonl=0.5")
-    flags = ("--init", pretrained, "--data", "out", "--run", tmp_path / "run", "--steps", 2, "--batch_tokens", 256)
+    flags = ("--init", pretrained, "--data", "out", "--out", tmp_path / "run", "--steps", 2, "--batch_tokens", 256)
     assert "step 2" in run_script("finetune.py", *flags, "--micro_batch_size", 2).stdout
 
 
-WEIGHT = "give it as SOURCE=WEIGHT, the weight above 0 and up to 100"
+WEIGHT = "expected SOURCE=WEIGHT, with a weight above 0 and at most 100"
 
 
 @pytest.mark.parametrize(
@@ -439,9 +430,9 @@ WEIGHT = "give it as SOURCE=WEIGHT, the weight above 0 and up to 100"
         (["*.txt=1"], "--mix *.txt: no such file"),
         (
             ["a.jsonl=1", "--files", "b.jsonl"],
-            "--files, --mix and --dataset with --name and --split",
+            "--files, --mix and --dataset with --name and --split cannot be combined",
         ),
-        (["a.jsonl=1", "--split", "test"], "--files, --mix and --dataset with --name and --split"),
+        (["a.jsonl=1", "--split", "test"], "--files, --mix and --dataset with --name and --split cannot be combined"),
     ],
 )
 def test_a_mix_that_cannot_be_used(mix, tmp_path, arguments, message):
@@ -449,109 +440,96 @@ def test_a_mix_that_cannot_be_used(mix, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-# ---- preview -------------------------------------------------------------------------------------------------------
+# ---- preview ---------------------------------------------------------------------------------------------------------
 
 
-def test_preview_shows_what_would_be_written(prepare, tmp_path):
+def test_preview_prints_the_first_conversations(prepare, tmp_path):
     records = [{"prompt": f"{i}? ä👍", "completion": f"Yes, {i}.\n\tß"} for i in range(3)]
     done = prepare(records, preview=2)
-    shown = "<|endoftext|><|user|>{}? ä👍<|end|><|assistant|>«Yes, {}.\n\tß<|end|>»\n"
+    expected = "<|endoftext|><|user|>{}? ä👍<|end|><|assistant|>«Yes, {}.\n\tß<|end|>»\n"
     for i in range(2):
-        figures = f"--- chat.jsonl line {i + 1}: 12 of 25 tokens are learned\n"
-        assert figures + shown.format(i, i) in done.stdout
+        figures = f"--- chat.jsonl line {i + 1}: 12 of 25 tokens in the loss\n"
+        assert figures + expected.format(i, i) in done.stdout
     assert "2? " not in done.stdout and done.stderr == ""
-    assert done.stdout.endswith("preview only, what is learned between « and »: out was not written\n")
+    assert done.stdout.endswith("preview: tokens in the loss are between « and »; out was not written\n")
     assert not (tmp_path / "out").exists()
 
 
-def test_preview_shows_the_tokens_of_gpt2(prepare, gpt2_tokenizer):
-    """Characters that are several tokens, which are not text alone."""
+def test_preview_with_gpt2_tokens(prepare, gpt2_tokenizer):
+    """Characters of several tokens are printed whole."""
     done = prepare([{"prompt": "ᚠᛇᚻ 🦜 日本語", "completion": "🦜ᛦ"}], preview=1, tokenizer="gpt2")
     assert "<|user|>ᚠᛇᚻ 🦜 日本語<|end|><|assistant|>«🦜ᛦ<|end|>»\n" in done.stdout
 
 
-def test_preview_sends_no_commands_to_the_terminal(prepare):
-    """Nor does text pass for a special token or for a mark."""
+def test_preview_escapes_control_characters(prepare):
+    """Text that looks like a special token or a mark is escaped too."""
     record = {"prompt": "\x1b[2J\x07\r\u202e«a»<|end|>", "completion": "\x9b31m»"}
     done = prepare([record], preview=1)
-    shown = r"<|user|>\x1b[2J\x07\r\u202e\xaba\xbb\x3c|end|><|end|><|assistant|>«\x9b31m\xbb<|end|>»"
-    assert shown + "\n" in done.stdout
+    expected = r"<|user|>\x1b[2J\x07\r\u202e\xaba\xbb\x3c|end|><|end|><|assistant|>«\x9b31m\xbb<|end|>»"
+    assert expected + "\n" in done.stdout
 
 
-def test_preview_shows_shortened_conversations_as_they_are_learned(prepare):
-    """Cut in the middle of a character, too."""
+def test_preview_prints_truncated_conversations(prepare):
+    """A character may be cut in the middle."""
     done = prepare([{"prompt": "ä" * 60, "completion": "Yes."}], preview=1, block_size=64)
     assert f"<|user|>{'ä' * 27}\\xc3<|end|><|assistant|>«Yes.<|end|>»\n" in done.stdout
-    assert "1 records, 1 of them shortened to 64 tokens" in done.stdout
+    assert "\n1 records, 1 truncated to 64 tokens" in done.stdout
 
 
-def test_preview_of_a_mix_shows_every_source(mix):
+def test_preview_of_a_mix_prints_every_source(mix):
     done = mix("a.jsonl=1", "b.jsonl=2", "--preview", "1")
     assert "--- a.jsonl line 1: " in done.stdout and "--- b.jsonl line 1: " in done.stdout
 
 
 @pytest.mark.parametrize(("no_color", "marks"), [("", "\x1b[32mYes.<|end|>\x1b[0m"), ("1", "«Yes.<|end|>»")])
-def test_preview_is_in_colour_on_a_terminal(tmp_path, no_color, marks):
+def test_preview_is_in_color_on_a_terminal(tmp_path, no_color, marks):
     write_jsonl(tmp_path / "chat.jsonl", [{"prompt": "«Who?»", "completion": "Yes."}])
-    ours, theirs = pty.openpty()
+    terminal, stdout = pty.openpty()
     command = [sys.executable, str(ROOT / SCRIPT), "--files", "chat.jsonl", "--tokenizer", "bytes", "--preview", "1"]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | {"NO_COLOR": no_color}, stdout=theirs, check=True)
-    os.close(theirs)
-    text = os.read(ours, 10_000).decode()
-    os.close(ours)
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"NO_COLOR": no_color}, stdout=stdout, check=True)
+    os.close(stdout)
+    text = os.read(terminal, 10_000).decode()
+    os.close(terminal)
     assert f"<|assistant|>{marks}\r\n" in text
     assert ("«Who?»" in text) == (no_color == "")
 
 
-# ---- mistakes ------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+NO_ANSWER = "the conversation has no message of the assistant"
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": [{"role": "user", "content": "Hello?"}]}, "nothing to learn: .* no message of the assistant"),
-        (
-            {"messages": [{"role": "human", "content": "Hello?"}, FINE]},
-            "role 'human'; a message needs one of",
-        ),
-        ({"messages": [FINE, {"role": "tool", "content": "5"}, FINE]}, "role 'tool'; a message needs one of"),
-        ({"conversations": [FINE, {"from": "function_call", "value": "5"}]}, "role 'function_call'; a message needs"),
-        ({"conversations": [FINE, {"from": ["human"], "value": "5"}]}, r"role \['human'\]; a message needs"),
-        ({"messages": [{"role": "user", "content": None}, FINE]}, "a message needs a content in text, not NoneType"),
-        ({"messages": [{"role": "user"}, FINE]}, "a message needs a content in text, not NoneType"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, FINE]}, "a message needs a content in text"),
-        ({"messages": [{"content": "Hello?"}, FINE]}, "role None; a message needs one of system, user, assistant"),
-        ({"messages": ["Hello?", FINE]}, "role None; a message needs one of system, user, assistant"),
-        ({"prompt": "Who?", "completion": 5}, "completion must be a list of messages"),
-        ({"prompt": [FINE], "completion": [{"role": "user", "content": "?"}]}, "nothing to learn"),
-        ({"messages": []}, "nothing to learn"),
-        ({"messages": "Hello?"}, "messages must be a list"),
-        (
-            {"prompt": "Who?", "response": "Jane."},
-            "no known layout: its fields are prompt, response; known are",
-        ),
-        (
-            {},
-            "no known layout: it has no fields; known are messages, or conversations, or prompt and compl",
-        ),
-        ({"instruction": "Who?", "answer": "Jane."}, "no text in field 'response' or 'output'; the record has: inst"),
-        ({"instruction": "Who?", "response": 5}, "no text in field 'response' or 'output'"),
-        ({"instruction": "Who?", "context": ["a"], "response": "Jane."}, "no text in field 'context' or 'input'"),
+        ({"messages": [{"role": "user", "content": "Hello?"}]}, f": {NO_ANSWER}"),
+        ({"prompt": [FINE], "completion": [{"role": "user", "content": "?"}]}, f": {NO_ANSWER}"),
+        ({"messages": []}, f": {NO_ANSWER}"),
+        ({"messages": [FINE, {"role": "tool", "content": "5"}]}, ", message 2 of messages: role 'tool'; expected one"),
+        ({"conversations": [{"from": "human"}]}, ", message 1 of conversations: the content of a message must be text"),
+        ({"prompt": "Who?", "completion": 5}, ": completion must be a list of messages"),
+        ({"prompt": "Who?", "response": "Jane."}, ": unknown layout: its fields are prompt, response; supported are"),
+        ({"instruction": "Who?", "answer": "Jane."}, ": no text in field 'response' or 'output'; the record has: inst"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named(prepare, tmp_path, record, message):
-    done = prepare([RECORDS[0], record], expect=2)
-    assert re.match(f"chat.jsonl line 2(, message [12] of (messages|conversations))?: {message}", error_of(done))
+    """test_chat_format.py has the other layout errors."""
+    assert error_of(prepare([RECORDS[0], record], expect=2)).startswith(f"chat.jsonl line 2{message}")
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([], "no conversations to learn: of 0 records"),
-        ([{"instruction": "", "response": ""}], "no conversations to learn: .* 1 are empty"),
-        ([{"instruction": "Who?", "response": "y" * 2000}], "no conversations to learn: .* 1 are too long"),
-        (RECORDS[:1], "none of the 1 conversations fell into the val split at --val_fraction 0.2"),
+        ([], r"the source has 0 usable conversations \(0 records, .*\), but each split needs one"),
+        ([{"instruction": "", "response": ""}], r"the source has 0 usable .*\(1 records, .* 1 without an answer\)"),
+        (
+            [{"instruction": "Who?", "response": "y" * 2000}],
+            r"the source has 0 usable .*\(1 records, .* 1 dropped for an answer longer",
+        ),
+        (RECORDS[:1], r"the source has 1 usable conversations \(1 records, "),
+        (RECORDS[:2], "none of the 2 conversations fell into the val split at --val_fraction 0.2: use a larger one"),
     ],
 )
 def test_a_source_with_too_little(prepare, records, message):
@@ -564,7 +542,7 @@ def test_a_source_with_too_little(prepare, records, message):
         ({"val_fraction": 0}, "--val_fraction is 0.0: it must be above 0 and at most 0.5"),
         ({"val_fraction": "nan"}, "--val_fraction is nan: it must be above 0 and at most 0.5"),
         ({"preview": 0}, "--preview is 0: it must be at least 1"),
-        ({"split": "test"}, "--files, --mix and --dataset with --name and --split"),
+        ({"split": "test"}, "--files, --mix and --dataset with --name and --split cannot be combined"),
         ({"block_size": 15}, "--block_size is 15: it must be at least 16"),
         ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3'"),
         ({"files": "text.txt"}, "--files text.txt: no such file"),
@@ -575,7 +553,7 @@ def test_a_value_that_cannot_be_used(prepare, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_text_files_hold_no_conversations(prepare, tmp_path):
+def test_txt_files_are_refused(prepare, tmp_path):
     (tmp_path / "a.txt").write_text("Hello")
     assert error_of(prepare([], files="a.txt", expect=2)).startswith("--files a.txt: a file must end in .json")
 
@@ -586,15 +564,15 @@ def test_malformed_json_names_file_and_line(run_script, tmp_path):
     assert error_of(done).startswith("bad.jsonl line 2: malformed JSON")
 
 
-def test_other_data_in_the_folder_stays(prepare, tmp_path):
+def test_another_dataset_in_the_folder_is_kept(prepare, tmp_path):
     prepare([])
     before = contents(tmp_path / "out")
     assert "block_size is 1024, not 512" in error_of(prepare([], block_size=512, expect=2))
     assert contents(tmp_path / "out") == before
 
 
-def test_words_after_the_last_answer_never_cost_the_answer(prepare, tmp_path):
-    """A conversation that ends with the user, as some in the wild do."""
+def test_a_message_after_the_last_answer_is_dropped(prepare, tmp_path):
+    """Some published conversations end with the user."""
     turns = [("user", "Who?"), ("assistant", "Jane."), ("user", "Thanks! " * 20)]
     prepare([{"messages": [{"role": role, "content": content} for role, content in turns]}], block_size=100)
     assert "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}" in conversations(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""prepare_sample.py makes what the other two prepare scripts read, out of nothing but Python."""
+"""prepare_sample.py writes files that the other two prepare scripts can read."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import prepare_sample
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The sample's folder, and the file names are the ones that its docstring's commands use."""
+    """Return a folder with the two files."""
     folder = tmp_path_factory.mktemp("sample")
     prepare_sample.main(prepare_sample.Config(out=folder))
     return folder
@@ -25,12 +25,12 @@ def test_the_text_is_about_two_megabytes_of_english(sample):
     texts = [record["text"] for record in read_jsonl(sample / "text.jsonl")]
     assert 1.2e6 < sum(map(len, texts)) < 4e6 and len(texts) > 300
     assert all(text.strip() for text in texts)
-    whole = " ".join(texts).lower()
-    assert whole.count(" the ") > 10_000
+    corpus = " ".join(texts).lower()
+    assert corpus.count(" the ") > 10_000
     assert any("assert_stmt" in text and "debugging assertions" in text for text in texts)  # help("assert")
 
 
-def test_there_are_thousands_of_short_questions_with_answers(sample):
+def test_thousands_of_short_questions_with_answers(sample):
     records = read_jsonl(sample / "chat.jsonl")
     assert len(records) > 2000 and all(list(record) == ["instruction", "context", "response"] for record in records)
     pairs = {(record["instruction"], record["response"]) for record in records}
@@ -41,7 +41,7 @@ def test_there_are_thousands_of_short_questions_with_answers(sample):
     assert "What does textwrap.dedent do?" in {question for question, _ in pairs}
 
 
-def test_private_names_and_tests_are_left_out(sample):
+def test_private_names_and_tests_are_excluded(sample):
     records = read_jsonl(sample / "chat.jsonl")
     names = [re.search(r"[\w.]+(?= do\?|\?)", record["instruction"])[0].split(".") for record in records]
     assert {"json", "unittest"} <= {name[0] for name in names}
@@ -51,15 +51,15 @@ def test_private_names_and_tests_are_left_out(sample):
 
 def test_the_script_writes_the_same_files_each_time(run_script, tmp_path, sample):
     done = run_script("prepare_sample.py")
-    made = tmp_path / "data" / "sample"
+    written = tmp_path / "data" / "sample"
     for name in ("text.jsonl", "chat.jsonl"):
-        assert (made / name).read_bytes() == (sample / name).read_bytes()
-        assert f"-> data/sample/{name}" in done.stdout
+        assert (written / name).read_bytes() == (sample / name).read_bytes()
+        assert f"to data/sample/{name}" in done.stdout
     assert not done.stderr
 
 
-def test_the_other_scripts_accept_it(run_script, tmp_path, sample):
-    """The commands in the docstring, with the paths of this test."""
+def test_the_other_scripts_read_it(run_script, tmp_path, sample):
+    """Run the commands in the docstring, with the paths of this test."""
     commands = re.findall(r"python (prepare_(?:fineweb|dolly)\.py) (.*)", prepare_sample.__doc__)
     assert len(commands) == 2
     for script, arguments in commands:
@@ -72,18 +72,18 @@ def test_the_other_scripts_accept_it(run_script, tmp_path, sample):
     assert np.diff(np.load(tmp_path / "data" / "demo_chat" / "train_offsets.npy")).max() <= 256
 
 
-def test_docstrings_are_parsed_and_never_run(tmp_path):
+def test_docstrings_are_parsed_without_import(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
         '"""About the module."""\nraise SystemExit\nclass A:\n    """About A."""\n    async def b(self):\n'
         '        """About b.\n\n        More."""\n    def c(self): pass\n'
     )
-    found = prepare_sample.docstrings(file)
-    assert found == [("", "About the module."), ("A", "About A."), ("A.b", "About b.\n\nMore.")]
-    assert list(prepare_sample.questions("m", found)) == [
+    docstrings = prepare_sample.parse_docstrings(file)
+    assert docstrings == [("", "About the module."), ("A", "About A."), ("A.b", "About b.\n\nMore.")]
+    assert list(prepare_sample.make_questions("m", docstrings)) == [
         ("What is m?", "About the module."),
         ("What does m.A do?", "About A."),
         ("What does m.A.b do?", "About b."),
     ]
     file.write_text("print 'Python 2'")
-    assert prepare_sample.docstrings(file) == []
+    assert prepare_sample.parse_docstrings(file) == []

@@ -1,4 +1,4 @@
-"""pretrain.py as a real process: it learns, logs, keeps, resumes, refuses, and does the same on two processes."""
+"""pretrain.py as a real process: learning, logging, pruning, resuming, errors, and two processes."""
 
 import json
 import re
@@ -9,9 +9,9 @@ import pytest
 from conftest import TRAIN, read_log, start
 from safetensors.torch import load_file
 
-import checkpoint
 import pretrain
-from data import TokenDataset, global_rows
+from minigpt import checkpoint
+from minigpt.dataset import TokenDataset, global_rows
 
 
 def losses(run) -> list[float]:
@@ -31,7 +31,7 @@ def test_learns_and_logs(pretrained):
 
 
 def test_checkpoints_are_validated_and_described(pretrained):
-    folders = checkpoint.checkpoints(pretrained)
+    folders = checkpoint.list_checkpoints(pretrained)
     assert [folder.name for folder in folders] == ["step_000006", "step_000012"]
     validations = {row["step"]: row["val_loss"] for row in read_log(pretrained) if "val_loss" in row}
     for folder in folders:
@@ -43,11 +43,11 @@ def test_checkpoints_are_validated_and_described(pretrained):
 
 
 def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
-    done = run_script("pretrain.py", "--data", text_data, "--run", "mine", *TRAIN, "--keep", 1, "--save_every", 3)
+    done = run_script("pretrain.py", "--data", text_data, "--out", "mine", *TRAIN, "--keep", 1, "--save_every", 3)
     assert "1,024 tokens a step = 8 rows x 64 tokens x 1 processes x 2 micro-batches" in done.stdout
     assert "tiny: 35,744 parameters" in done.stdout
     assert "left" in done.stdout and "MFU" in done.stdout
-    kept = {folder.name for folder in checkpoint.checkpoints(tmp_path / "runs" / "mine")}
+    kept = {folder.name for folder in checkpoint.list_checkpoints(tmp_path / "runs" / "mine")}
     assert "step_000012" in kept and len(kept) <= 2  # the newest, and the best if that is another
     assert "step 0: validation loss 5.5" in done.stdout  # ln 257 = 5.549: an untrained model knows nothing
 
@@ -56,13 +56,13 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
 def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, dropout):
     """What a crash after step 8 leaves behind goes on to the same bits, and no step is logged twice."""
     args = ("pretrain.py", "--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4, "--dropout", dropout)
-    run_script(*args, "--run", "./whole")
+    run_script(*args, "--out", "./whole")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "step_000012")
     rows = (broken / "log.jsonl").read_text().splitlines(keepends=True)
     (broken / "log.jsonl").write_text("".join(rows[:11]) + rows[11][:20])  # the last line is cut in the middle
-    done = run_script(*args, "--run", "./broken")
+    done = run_script(*args, "--out", "./broken")
     assert "6 steps done" in done.stdout
     for file in ("model.safetensors", "train_state.safetensors"):
         assert (whole / "step_000012" / file).read_bytes() == (broken / "step_000012" / file).read_bytes()
@@ -75,19 +75,19 @@ def test_a_crash_before_the_first_checkpoint_starts_anew(run_script, text_data, 
     """No row of the first attempt stays in the log."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 0, "val_loss": 5}\n{"step": 1, "loss": 5}\n{"st')
-    run_script("pretrain.py", "--data", text_data, "--run", "./run", *TRAIN, "--steps", 2)
+    run_script("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN, "--steps", 2)
     rows = [(row["step"], "val_loss" in row) for row in read_log(tmp_path / "run")]
     assert rows == [(0, True), (1, False), (2, False), (2, True)]
 
 
 def test_finished_run_has_nothing_to_do(run_script, text_data, pretrained):
     before = (pretrained / "log.jsonl").read_bytes()
-    done = run_script("pretrain.py", "--data", text_data, "--run", pretrained, *TRAIN)
+    done = run_script("pretrain.py", "--data", text_data, "--out", pretrained, *TRAIN)
     assert "done: 12 steps" in done.stdout and (pretrained / "log.jsonl").read_bytes() == before
 
 
 def test_refuses_to_go_on_with_another_run(fails, text_data, pretrained):
-    error = fails("pretrain.py", "--data", text_data, "--run", pretrained, *TRAIN, "--lr", 1e-3, "--seed", 7)
+    error = fails("pretrain.py", "--data", text_data, "--out", pretrained, *TRAIN, "--lr", 1e-3, "--seed", 7)
     assert "lr was 0.003 and is now 0.001" in error and "seed was 1337 and is now 7" in error
 
 
@@ -96,13 +96,13 @@ def test_refuses_to_go_on_with_other_data(fails, text_data, pretrained, tmp_path
     meta = json.loads((tmp_path / "other" / "meta.json").read_text())
     meta["train"]["files"][0]["sha256"] = "0" * 64
     (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
-    assert "data was" in fails("pretrain.py", "--data", "other", "--run", pretrained, *TRAIN)
+    assert "data was" in fails("pretrain.py", "--data", "other", "--out", pretrained, *TRAIN)
 
 
 def test_two_processes_equal_one(pretrained, text_data, tmp_path):
     """The same global batches, losses within float32 rounding; begun on two, gone on with on one, and the other way."""
     args = ("pretrain.py", "--data", text_data, *TRAIN, "--val_every", 4, "--save_every", 6)
-    start(*args, "--run", "./two", "--micro_batch_size", 4, cwd=tmp_path, processes=2)
+    start(*args, "--out", "./two", "--micro_batch_size", 4, cwd=tmp_path, processes=2)
     one, two = read_log(pretrained), read_log(tmp_path / "two")
     for key in ("loss", "val_loss"):
         expected = [row[key] for row in one if key in row]
@@ -111,7 +111,7 @@ def test_two_processes_equal_one(pretrained, text_data, tmp_path):
     shutil.copytree(pretrained, tmp_path / "other")
     for run, processes in (("two", 1), ("other", 2)):
         shutil.rmtree(tmp_path / run / "step_000012")
-        start(*args, "--run", f"./{run}", cwd=tmp_path, processes=processes)
+        start(*args, "--out", f"./{run}", cwd=tmp_path, processes=processes)
         assert losses(tmp_path / run) == pytest.approx(losses(pretrained), rel=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_a_mistake_of_one_process_is_told(text_data, tmp_path):
 
 def test_micro_batches_do_not_matter(run_script, text_data, pretrained, tmp_path):
     often = ("--val_every", 4, "--save_every", 6, "--micro_batch_size", 2)
-    run_script("pretrain.py", "--data", text_data, "--run", "./small", *TRAIN, *often)
+    run_script("pretrain.py", "--data", text_data, "--out", "./small", *TRAIN, *often)
     assert losses(tmp_path / "small") == pytest.approx(losses(pretrained), rel=1e-5)
 
 
@@ -137,16 +137,16 @@ def test_compiled_equals_eager(text_data, pretrained, tmp_path, processes):
     pytest.importorskip("torch._inductor")
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler on CPU")
-    args = ("--data", text_data, "--run", "./compiled", *TRAIN, "--micro_batch_size", 4, "--compile")
+    args = ("--data", text_data, "--out", "./compiled", *TRAIN, "--micro_batch_size", 4, "--compile")
     start("pretrain.py", *args, cwd=tmp_path, processes=processes)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(pretrained), rel=1e-5)
 
 
 def test_bfloat16_trains(run_script, text_data, pretrained, tmp_path):
-    run_script("pretrain.py", "--data", text_data, "--run", "./half", *TRAIN, "--dtype", "bfloat16")
+    run_script("pretrain.py", "--data", text_data, "--out", "./half", *TRAIN, "--dtype", "bfloat16")
     assert losses(tmp_path / "half") != losses(pretrained)
     assert losses(tmp_path / "half") == pytest.approx(losses(pretrained), rel=2e-2)
-    weights = load_file(checkpoint.checkpoints(tmp_path / "half")[-1] / "model.safetensors")
+    weights = load_file(checkpoint.list_checkpoints(tmp_path / "half")[-1] / "model.safetensors")
     assert all(str(weight.dtype) == "torch.float32" for weight in weights.values())
 
 
@@ -178,7 +178,7 @@ def test_bad_values(fails, text_data, flags, words):
 def test_bad_folders(fails, text_data, chat_data, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("do not lose me")
-    assert "already holds something else" in fails("pretrain.py", "--data", text_data, "--run", "./taken", *TRAIN)
+    assert "already holds something else" in fails("pretrain.py", "--data", text_data, "--out", "./taken", *TRAIN)
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "do not lose me"
 
     assert "holds chat data, not text" in fails("pretrain.py", "--data", chat_data, *TRAIN)
@@ -190,12 +190,12 @@ def test_bad_folders(fails, text_data, chat_data, tmp_path):
     shutil.copytree(text_data, tmp_path / "short")
     shard = tmp_path / "short" / "train_000000.npy"
     shard.write_bytes(shard.read_bytes()[:-10])
-    assert "damaged or truncated" in fails("pretrain.py", "--data", "short", *TRAIN)
+    assert "corrupt or truncated" in fails("pretrain.py", "--data", "short", *TRAIN)
 
 
 def test_a_micro_batch_size_is_chosen_and_kept(run_script, text_data, tmp_path):
     """None is given: a run takes the one of about 4,096 tokens, and goes on with what it had."""
-    args = ("pretrain.py", "--data", text_data, "--run", "./run", "--model", "tiny", "--lr", 3e-3, "--steps", 4)
+    args = ("pretrain.py", "--data", text_data, "--out", "./run", "--model", "tiny", "--lr", 3e-3, "--steps", 4)
     done = run_script(*args, "--batch_tokens", 2048, "--save_every", 2)
     assert "2,048 tokens a step = 32 rows x 64 tokens x 1 processes x 1 micro-batches" in done.stdout
     shutil.rmtree(tmp_path / "run" / "step_000004")
@@ -230,6 +230,6 @@ def test_dry_run_sees_that_the_disk_is_too_small(fails, text_data, tmp_path):
 def test_dry_run_predicts_the_size_of_checkpoints(pretrained):
     """As the file system has it, up to the headers of the files."""
     meta = checkpoint.read_meta(pretrained / "step_000012")
-    model = checkpoint.load_weights(pretrained / "step_000012", meta)
+    model = checkpoint.load_model(pretrained / "step_000012", meta)
     real = sum(file.stat().st_size for file in (pretrained / "step_000012").glob("*.safetensors"))
     assert pretrain.checkpoint_bytes(model) == pytest.approx(real, rel=0.15) and real > 100_000

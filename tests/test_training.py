@@ -11,24 +11,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cli import UserError
-from data import Batch
-from model import GPT, IGNORE, GPTConfig
-from training import (
-    Processes,
-    batch_rows,
-    build_optimizer,
+from minigpt.cli import UserError
+from minigpt.dataset import Batch
+from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
+from minigpt.optim import build_optimizer, get_lr
+from minigpt.training import (
     choose_micro_batch_size,
-    find_device,
-    find_dtype,
-    largest_that_fits,
-    lr_at,
-    parallelize,
+    find_max_micro_batch_size,
+    get_batch_size,
     seed_step,
-    start_processes,
     train_step,
     validate,
 )
+from model import GPT, IGNORE_INDEX, GPTConfig
 
 CPU = torch.device("cpu")
 ALONE = Processes(rank=0, world_size=1, device=CPU, dtype=torch.float32)
@@ -40,11 +35,11 @@ def small_model(dropout: float = 0.0) -> GPT:
 
 
 def ragged_batch(rows: int) -> Batch:
-    """Rows of which each has another number of learned tokens."""
+    """Rows with different numbers of targets."""
     tokens = torch.randint(0, 50, (rows, 17), generator=torch.Generator().manual_seed(rows))
     targets = tokens[:, 1:].clone()
     for row in range(rows):
-        targets[row, : 2 * row] = IGNORE
+        targets[row, : 2 * row] = IGNORE_INDEX
     return Batch(tokens[:, :-1].contiguous(), targets)
 
 
@@ -54,13 +49,13 @@ def split(batch: Batch, size: int) -> list[Batch]:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 6])
 def test_step_equals_plain_torch(micro_batch_size):
-    """Loss, gradient norm and weights equal those of one mean over all learned tokens, however the rows are split."""
+    """Loss, gradient norm and weights equal those of one mean over all targets, for any split into micro-batches."""
     batch, model = ragged_batch(6), small_model()
     plain = copy.deepcopy(model)
     optimizer, plain_optimizer = build_optimizer(model, 1e-2, 0.1), build_optimizer(plain, 1e-2, 0.1)
     metrics = train_step(model, split(batch, micro_batch_size), optimizer, 1e-2, 0.5, ALONE)
 
-    loss = F.cross_entropy(plain(batch.tokens).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    loss = F.cross_entropy(plain(batch.tokens).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
     plain_optimizer.step()
@@ -85,7 +80,7 @@ def test_weight_decay_on_matrices_only():
 
 
 def test_validation_is_the_exact_mean_and_leaves_no_trace():
-    """Batches weigh by their learned tokens; dropout is off; neither mode nor random state changes."""
+    """Batches weigh by their number of targets; dropout is off; mode and random state do not change."""
     batch, model = ragged_batch(7), small_model(dropout=0.5)
     model.train()
     random_state = torch.get_rng_state()
@@ -94,7 +89,7 @@ def test_validation_is_the_exact_mean_and_leaves_no_trace():
     assert model.training and all(p.grad is None for p in model.parameters())
     with torch.no_grad():
         logits = model.eval()(batch.tokens)
-    expected = F.cross_entropy(logits.flatten(0, 1).double(), batch.targets.flatten(), ignore_index=IGNORE)
+    expected = F.cross_entropy(logits.flatten(0, 1).double(), batch.targets.flatten(), ignore_index=IGNORE_INDEX)
     assert math.isclose(found, expected.item(), rel_tol=1e-6)
 
 
@@ -110,23 +105,23 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
 
 def test_schedule():
     """Up in a straight line, a cosine down to a tenth, never above the highest and never zero."""
-    rates = [lr_at(step, 100, 1e-3, 0.1) for step in range(100)]
+    rates = [get_lr(step, 100, 1e-3, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([1e-4 * (i + 1) for i in range(10)])
     assert max(rates) == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
     assert rates[55] == pytest.approx(0.55e-3)  # half of the way down: the mean of 1 and 0.1
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(1e-4, rel=0.01)
-    assert lr_at(0, 1, 1e-3, 0.0) == 1e-3
+    assert get_lr(0, 1, 1e-3, 0.0) == 1e-3
 
 
 def test_batch_rows():
-    assert batch_rows(524_288, 16, 1024, 8) == 512
+    assert get_batch_size(524_288, 16, 1024, 8) == 512
     with pytest.raises(
         UserError, match=r"--batch_tokens 500000 is not a multiple of 131072 .*use --batch_tokens 524288"
     ):
-        batch_rows(500_000, 16, 1024, 8)
+        get_batch_size(500_000, 16, 1024, 8)
     with pytest.raises(UserError, match="use --batch_tokens 16384"):
-        batch_rows(100, 16, 1024, 1)
+        get_batch_size(100, 16, 1024, 1)
 
 
 def test_device_and_precision():
@@ -143,7 +138,7 @@ def test_device_and_precision():
 def test_deterministic_kernels_are_asked_for(monkeypatch, deterministic):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which the function would leave set
     try:
-        start_processes("cpu", None, deterministic)
+        init_processes("cpu", None, deterministic)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
     finally:
         torch.use_deterministic_algorithms(False)
@@ -172,14 +167,16 @@ def test_every_shape_is_compiled_as_one_graph(monkeypatch):
 # ---- the size of a micro-batch -------------------------------------------------------------------------------------
 
 
-def choose(micro_batch_size: int | None, held: dict, rows: int = 24, procs: Processes = ALONE, block_size: int = 1024):
+def choose(
+    micro_batch_size: int | None, saved_flags: dict, rows: int = 24, procs: Processes = ALONE, block_size: int = 1024
+):
     data = SimpleNamespace(block_size=block_size)
-    config = SimpleNamespace(micro_batch_size=micro_batch_size)
-    return choose_micro_batch_size(config, held, None, data, None, rows, procs)
+    config = SimpleNamespace(micro_batch_size=micro_batch_size, batch_tokens=rows * block_size)
+    return choose_micro_batch_size(config, saved_flags, None, data, None, procs)
 
 
 def test_the_size_of_a_micro_batch():
-    """Given; else what the run had, where that divides; else a power of two that divides, of about 4,096 tokens."""
+    """The flag; else the saved size, if it divides; else a power of two that divides, about 4,096 tokens."""
     assert choose(3, {"micro_batch_size": 8}) == 3
     assert choose(None, {"micro_batch_size": 6}) == 6
     assert choose(None, {"micro_batch_size": 7}) == choose(None, {}) == 4
@@ -189,7 +186,7 @@ def test_the_size_of_a_micro_batch():
 
 
 class OutOfMemory(GPT):
-    """A model that runs out of memory above some rows, and takes a tenth of it for each; what it took is kept."""
+    """A model that runs out of memory above `most` rows; each row takes a tenth of it, which is cached."""
 
     def forward(self, tokens, *args):
         if len(tokens) > self.most:
@@ -203,12 +200,12 @@ def test_the_largest_size_that_fits(monkeypatch, most, expected):
     model, data = OutOfMemory(small_model().config), SimpleNamespace(n_rows={"train": 3}, block_size=8)
     data.batch = lambda split, rows: Batch(*torch.randint(50, (2, len(rows), 8)))
     model.most, model.kept = most, 0
-    monkeypatch.setattr(Processes, "memory_used", lambda self: model.kept / 10)
+    monkeypatch.setattr(Processes, "peak_memory", lambda self: model.kept / 10)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: setattr(model, "kept", 0))
     before = copy.deepcopy(model.state_dict())
-    search = functools.partial(largest_that_fits, model, data, build_optimizer(model, 1e-3, 0.1))
+    search = functools.partial(find_max_micro_batch_size, model, data, build_optimizer(model, 1e-3, 0.1))
     if expected is None:
-        with pytest.raises(UserError, match="not even one row at a time fits"):
+        with pytest.raises(UserError, match="not even one row fits"):
             search([1, 2], ALONE)
     else:
         assert search([1, 2, 4, 8, 16], ALONE) == expected

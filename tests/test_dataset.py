@@ -11,11 +11,22 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
-from data import Batch, ChatDataset, Dataset, TokenDataset, global_rows, pack, permute, train_batches, val_batches
-from model import IGNORE
-from shards import FORMAT_VERSION, ShardWriter, write_array
-from tokenizer import load_tokenizer
+from minigpt.chat import encode_chat
+from minigpt.cli import UserError
+from minigpt.dataset import (
+    Batch,
+    ChatDataset,
+    Dataset,
+    TokenDataset,
+    global_rows,
+    pack_rows,
+    permute,
+    train_batches,
+    val_batches,
+)
+from minigpt.shards import FORMAT_VERSIONS, ShardWriter, write_array
+from minigpt.tokenizer import load_tokenizer
+from model import IGNORE_INDEX
 
 relaxed = settings(deadline=None, max_examples=60)
 on_disk = settings(deadline=None, max_examples=20)
@@ -26,7 +37,7 @@ SEEDS = st.integers(0, 2**31)
 
 def write_meta(folder: Path, kind: str, splits: dict) -> Path:
     (folder / "meta.json").write_text(
-        json.dumps({"version": FORMAT_VERSION, "kind": kind, "tokenizer": "bytes"} | splits)
+        json.dumps({"version": FORMAT_VERSIONS[kind], "kind": kind, "tokenizer": "bytes"} | splits)
     )
     return folder
 
@@ -50,7 +61,7 @@ def chat_folder(folder: Path, train: list[Conversation], val: list[Conversation]
     for split, conversations in {"train": train, "val": val}.items():
         arrays = {
             "tokens": np.array([token for tokens, _ in conversations for token in tokens], dtype=np.uint16),
-            "learned": np.array([mark for _, learned in conversations for mark in learned], dtype=bool),
+            "loss_mask": np.array([mark for _, loss_mask in conversations for mark in loss_mask], dtype=bool),
             "offsets": np.cumsum([0, *(len(tokens) for tokens, _ in conversations)]),
         }
         splits[split] = {"files": [write_array(folder / f"{split}_{key}.npy", array) for key, array in arrays.items()]}
@@ -234,10 +245,12 @@ def test_validation_sees_every_row_once(text, chat, kind, max_rows, micro, world
     batches = [batch for rank in range(world_size) for batch in val_batches(data, max_rows, micro, rank, world_size)]
     assert {batch.tokens.shape for batch in batches} == {(micro, data.block_size)}
     whole = data.batch("val", range(min(max_rows, data.n_rows["val"])))
-    assert sum(int((batch.targets != IGNORE).sum()) for batch in batches) == int((whole.targets != IGNORE).sum())
+    assert sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches) == int(
+        (whole.targets != IGNORE_INDEX).sum()
+    )
     seen = rows_of(batches)
     filling = Counter(
-        {row: n for row, n in seen.items() if set(row[data.block_size : 2 * data.block_size]) == {IGNORE}}
+        {row: n for row, n in seen.items() if set(row[data.block_size : 2 * data.block_size]) == {IGNORE_INDEX}}
     )
     assert seen - filling == rows_of([whole])
 
@@ -253,7 +266,7 @@ def unpack(batch: Batch) -> list[tuple[list[int], list[int]]]:
         starts = [i for i, position in enumerate(positions) if position == 0] + [len(tokens)]
         assert positions == [i for a, b in pairwise(starts) for i in range(b - a)]
         pieces = [(tokens[a:b], targets[a:b]) for a, b in pairwise(starts)]
-        if set(pieces[-1][1]) == {IGNORE}:
+        if set(pieces[-1][1]) == {IGNORE_INDEX}:
             assert set(pieces.pop()[0]) == {BYTES.end_of_text}
         found += pieces
     return found
@@ -268,19 +281,19 @@ def test_rows_hold_each_conversation_once(tmp_path_factory, lengths, data):
     batch = dataset.batch("train", range(dataset.n_rows["train"]))
     assert batch.tokens.shape == (dataset.n_rows["train"], 20)
     expected = [
-        (tokens[:-1], [t if mark else IGNORE for t, mark in zip(tokens[1:], learned[1:], strict=True)])
-        for tokens, learned in conversations
+        (tokens[:-1], [t if mark else IGNORE_INDEX for t, mark in zip(tokens[1:], loss_mask[1:], strict=True)])
+        for tokens, loss_mask in conversations
     ]
     assert sorted(unpack(batch)) == sorted(expected)
 
 
-def test_only_the_assistant_is_learned(tmp_path):
+def test_the_loss_covers_the_assistant_only(tmp_path):
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
-    encoded = BYTES.encode_chat(messages)
+    encoded = encode_chat(BYTES, messages)
     batch = ChatDataset(chat_folder(tmp_path, [encoded], [encoded]), 64).batch("train", [0])
-    learned = [target for target in batch.targets[0].tolist() if target != IGNORE]
-    assert BYTES.decode(learned) == "Because.<|end|>"
-    asked = batch.tokens[0, : batch.targets[0].tolist().index(learned[0]) + 1].tolist()
+    targets = [target for target in batch.targets[0].tolist() if target != IGNORE_INDEX]
+    assert BYTES.decode(targets) == "Because.<|end|>"
+    asked = batch.tokens[0, : batch.targets[0].tolist().index(targets[0]) + 1].tolist()
     assert BYTES.decode(asked) == "<|endoftext|><|user|>Why?<|end|><|assistant|>"
 
 
@@ -294,11 +307,11 @@ def test_the_context_must_hold_the_longest_conversation(tmp_path):
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("learned", np.ones(4, dtype=bool), "train arrays do not fit each other"),
+        ("loss_mask", np.ones(4, dtype=bool), "train arrays do not fit each other"),
         ("offsets", np.array([0, 3, 4]), "train arrays do not fit each other"),
         ("offsets", np.array([0]), "train arrays do not fit each other"),
-        ("offsets", np.array([0, 3, 3, 5]), "train offsets do not rise"),
-        ("offsets", np.array([0, 4, 2, 5]), "train offsets do not rise"),
+        ("offsets", np.array([0, 3, 3, 5]), "train offsets do not increase"),
+        ("offsets", np.array([0, 4, 2, 5]), "train offsets do not increase"),
     ],
 )
 def test_arrays_that_do_not_fit_each_other(tmp_path, name, array, message):
@@ -314,7 +327,9 @@ def test_arrays_that_do_not_fit_each_other(tmp_path, name, array, message):
 def test_a_chat_token_beyond_the_vocabulary(tmp_path):
     conversations = [([256, 257, 261, 260], [False, False, False, True])]
     data = ChatDataset(chat_folder(tmp_path, conversations, conversations), 8)
-    with pytest.raises(UserError, match="holds token 261, which bytes has not: delete the folder and prepare it again"):
+    with pytest.raises(
+        UserError, match="holds token 261, but bytes has 261 tokens: delete the folder and prepare it again"
+    ):
         data.batch("train", [0])
 
 
@@ -325,7 +340,7 @@ def test_a_chat_token_beyond_the_vocabulary(tmp_path):
 @given(data=st.data(), block_size=st.integers(1, 40))
 def test_packing_is_best_fit_decreasing(data, block_size):
     lengths = data.draw(st.lists(st.integers(1, block_size), max_size=60))
-    rows = pack(lengths, block_size)
+    rows = pack_rows(lengths, block_size)
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
     filled = [sum(lengths[item] for item in row) for row in rows]
     assert all(0 < tokens <= block_size for tokens in filled)
@@ -347,7 +362,7 @@ def test_packing_wastes_less_than_taking_conversations_as_they_come():
         if length > room:
             next_fit, room = next_fit + 1, 1024
         room -= length
-    rows = len(pack(lengths, 1024))
+    rows = len(pack_rows(lengths, 1024))
     assert rows <= 1.02 * sum(lengths) / 1024 + 1 and rows < 0.9 * next_fit
 
 
@@ -367,8 +382,10 @@ def test_the_fingerprint_changes_when_the_data_does(tmp_path):
     prints = {name: TokenDataset(folder, 8).fingerprint for name, folder in folders.items()}
     assert prints["same"] == prints["moved"] and len(set(prints.values())) == 4
     conversation = random_conversation(6)
-    unlearned = conversation[0], [False] * 6
-    marks = [chat_folder(tmp_path / f"chat{i}", [c], [conversation]) for i, c in enumerate([conversation, unlearned])]
+    without_loss = conversation[0], [False] * 6
+    marks = [
+        chat_folder(tmp_path / f"chat{i}", [c], [conversation]) for i, c in enumerate([conversation, without_loss])
+    ]
     assert len({ChatDataset(folder, 8).fingerprint for folder in marks}) == 2
 
 

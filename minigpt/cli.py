@@ -1,0 +1,183 @@
+"""The command line of every script: flags from a dataclass, one-line errors, progress.
+
+Importing this module is cheap: tyro and tqdm are imported when they are used.
+"""
+
+import dataclasses
+import errno
+import io
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# Control characters, which could steer a terminal. Line feed and tab are kept.
+CONTROL_CHARS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class UserError(Exception):
+    """A mistake that the user can correct. The message is one line: the value, the rule, the fix."""
+
+
+def run(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
+    """Parse the command line into `config_class`, call `main` with it, and turn errors into exit codes.
+
+    Exit codes: 0 done, 2 a mistake explained by one line on stderr, 130 interrupted by Ctrl-C. Any other exception is
+    a bug and keeps its traceback.
+    """
+    import tyro
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
+    # By default tyro checks stdout only and ignores https://no-color.org.
+    tyro._experimental_options["ansi_codes"] = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    try:
+        try:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(format_docstring(description or ""), end="\n\n")  # tyro would join its lines
+            main(tyro.cli(config_class, description="", use_underscores=True))
+        finally:
+            sys.stdout.flush()  # raises BrokenPipeError here, where it is handled
+    except UserError as error:
+        exit_with_error(str(error))
+    except KeyboardInterrupt:
+        exit_with_error("interrupted", code=130)
+    except BrokenPipeError:  # the reader of stdout is gone, as in `generate.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
+        sys.exit(0)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, so that torch is not imported here
+            raise
+        exit_with_error("out of GPU memory: for training halve --micro_batch_size, else lower --num_samples")
+    except OSError as error:  # disk full, no permission, read-only file system
+        if error.errno is None:
+            raise
+        fix = ": free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        exit_with_error(f"{error.filename or 'file system'}: {error.strerror}{fix}")
+
+
+def exit_with_error(message: str, code: int = 2) -> None:
+    """Exit with one line on stderr.
+
+    Under torchrun most errors occur in all processes. The first process of each machine reports them at once; the
+    others wait, and report only if torchrun has not ended them by then.
+    """
+    prefix = ""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(2)
+        prefix = f"process {os.environ.get('RANK')}: "
+    print(f"error: {prefix}{' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def format_docstring(text: str) -> str:
+    """Wrap the paragraphs of a script's docstring that are wider than the terminal."""
+    width = shutil.get_terminal_size().columns
+    parts = text.strip().split("\n\n")
+    fits = [part.startswith(" ") or max(map(len, part.splitlines())) <= width for part in parts]
+    return "\n\n".join(part if fit else textwrap.fill(part, width) for part, fit in zip(parts, fits, strict=True))
+
+
+def strip_control_chars(text: str) -> str:
+    """Replace control characters of untrusted text, such as a model's output, before it is printed on a terminal."""
+    return text.translate(CONTROL_CHARS)
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """Raise `UserError` unless `low <= value <= high` (`low < value` with `open_low`); NaN is out of range."""
+    if not (low < value if open_low else low <= value) or not value <= high:
+        rule = f"above {low:g}" if open_low else f"at least {low:g}"
+        rule += f" and at most {high:g}" if high < math.inf else ""
+        raise UserError(f"--{name} is {value}: it must be {rule}")
+
+
+def resumable(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING) -> Any:
+    """Declare a flag that may change when a run is resumed. All other flags define the run."""
+    return dataclasses.field(default=default, default_factory=default_factory, metadata={"resumable": True})
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The flag of scripts that load a model."""
+
+    checkpoint: str | None = None
+    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; default: runs/dolly, else runs/gpt2."""
+
+
+@dataclass(frozen=True)
+class InferenceConfig(CheckpointConfig):
+    """The flags of scripts that run a model without training it."""
+
+    device: str | None = None
+    """cuda, mps or cpu; default: the best available."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights."""
+    quantize: Literal["int8"] | None = None
+    """Quantise the weights to 8 bits: more than twice as fast on a CPU, slightly less accurate."""
+
+
+class Progress:
+    """A progress bar on a terminal, occasional plain lines elsewhere.
+
+    The interval between lines grows to ten minutes, so that the log of a run of days stays readable.
+
+    Args:
+        total: amount of work in units; None if unknown.
+        unit: what is counted, "step" or "token".
+        initial: units done before (a resumed run).
+        enabled: False prints nothing (all processes but the first).
+        seconds: interval between the first lines.
+    """
+
+    def __init__(self, total: int | None, unit: str, initial: int = 0, enabled: bool = True, seconds: float = 10.0):
+        self.total, self.unit, self.done, self.enabled, self.seconds = total, unit, initial, enabled, seconds
+        self.initial, self.started = initial, time.perf_counter()
+        self.printed = -math.inf if total else self.started  # work of unknown length may end before the first interval
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            layout = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            options = {"unit_scale": unit == "token", "dynamic_ncols": True, "bar_format": layout if total else None}
+            self.bar = tqdm(total=total, unit=unit, initial=initial, **options)
+
+    def update(self, n: int, postfix: str = "") -> None:
+        """Count `n` more units; `postfix` is printed after the count."""
+        self.done += n
+        if self.bar is not None:
+            self.bar.set_postfix_str(postfix, refresh=False)
+            self.bar.update(n)
+        elif self.enabled and (time.perf_counter() - self.printed > self.interval() or self.done == self.total):
+            self.printed = time.perf_counter()
+            of_total = f"/{self.total:,}" if self.total else ""
+            print(f"{self.unit} {self.done:,}{of_total}  {postfix}  {self.time_left()}".rstrip(), flush=True)
+
+    def interval(self) -> float:
+        """Seconds between two lines: `seconds` at first, then a hundredth of the elapsed time, at most ten minutes."""
+        return min(max(self.seconds, (time.perf_counter() - self.started) / 100), 600)
+
+    def time_left(self) -> str:
+        """Return the estimated remaining time as "12:34 left"; empty if the total is unknown."""
+        if not self.total or self.done <= self.initial:
+            return ""
+        from tqdm import tqdm
+
+        per_unit = (time.perf_counter() - self.started) / (self.done - self.initial)
+        return f"{tqdm.format_interval(per_unit * max(0, self.total - self.done))} left"
+
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.bar is not None:
+            self.bar.write(line)
+        elif self.enabled:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and start a new line."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,160 @@
+"""The processes of a training run: ranks, device, precision, communication, and wrapping the model for DDP."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minigpt.cli import UserError
+from model import GPT
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and the others of the run. A single process uses the same code.
+
+    Attributes:
+        rank: 0 ... world_size - 1.
+        world_size: number of processes.
+        device: the device of this process.
+        dtype: precision of the matrix products; weights are always float32.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context in which the model computes in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_equal(self, value: Any) -> bool:
+        """Return whether all processes pass the same value."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return all(other == value for other in values)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def peak_memory(self) -> float:
+        """Return the peak memory use as a fraction of the memory.
+
+        On a GPU: of this GPU, since the last call. On a CPU: of the machine, since the process started.
+        """
+        if self.device.type != "cuda":
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / total
+        used = torch.cuda.max_memory_reserved(self.device) / torch.cuda.mem_get_info(self.device)[1]
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return used
+
+    def synchronize(self) -> None:
+        """Wait for the device, before a clock is read."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_processes(device: str | None, dtype: str | None, deterministic: bool = False) -> Processes:
+    """Join the process group that `torchrun` starts, if any: nccl on GPUs, gloo elsewhere."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by use_deterministic_algorithms
+        torch.use_deterministic_algorithms(True)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and (device or "").startswith("cuda:"):
+        raise UserError(f"--device {device} gives all processes the same GPU: use --device cuda")
+    found = find_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    elif found.type == "cpu":
+        tune_malloc()
+    if world_size > 1:
+        # After a restart torchrun passes the store that still has the addresses of the dead processes. A prefix for
+        # each attempt hides them (pytorch issue 135712).
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
+    return Processes(rank, world_size, found, find_dtype(dtype, found))
+
+
+def find_device(device: str | None) -> torch.device:
+    """Return the named device, or the best one available. Under torchrun each process gets its own GPU.
+
+    Raises `UserError` if the machine does not have the device.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    unavailable = f"--device {name}: this machine has no such device; use cuda, mps or cpu, or omit the flag"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise UserError(unavailable) from None
+    n_gpus = torch.cuda.device_count()
+    available = {"cuda": (found.index or 0) < n_gpus, "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available.get(found.type, False):
+        raise UserError(unavailable)
+    if found.type == "cuda" and found.index is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= n_gpus:
+            raise UserError(f"there are more processes than GPUs: start torchrun with --nproc_per_node={n_gpus}")
+        found = torch.device("cuda", local_rank)
+    return found
+
+
+def find_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """Return the named precision; None is bfloat16 on GPUs that support it in hardware, else float32."""
+    if dtype is None:
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bf16 else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def tune_malloc() -> None:
+    """Let glibc keep freed memory for reuse.
+
+    On a CPU each step frees and allocates the same tensors; new pages from the kernel took 14 % of the demo's step.
+    Without glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in {-3: 2**25, -1: 2**31 - 1, -2: 2**26}.items():  # M_MMAP_THRESHOLD, _TRIM_, TOP_PAD
+            mallopt(parameter, value)
+
+
+def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
+    """Compile the model and wrap it for DDP, as needed. The result shares the weights of `model`."""
+    wrapped: nn.Module = torch.compile(model, dynamic=False) if compile else model
+    if procs.world_size > 1:
+        device_ids = [procs.device.index] if procs.device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids, gradient_as_bucket_view=True)
+    gc.collect()
+    gc.freeze()  # all objects so far live to the end: exclude them from later garbage collections
+    return wrapped

@@ -1,0 +1,155 @@
+"""HellaSwag (Zellers et al., 2019): which of four endings continues a text? For evaluate.py and during training.
+
+Evaluation changes neither the model nor torch's random state, and the result is the same for any number of processes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minigpt.cli import Progress, UserError
+from minigpt.distributed import Processes
+from minigpt.sources import FileSource, HubSource, find_files
+from minigpt.tokenizer import Tokenizer
+from model import GPT, IGNORE_INDEX, eval_mode
+
+N_ENDINGS = 4  # of each example
+BATCH_SIZE = 16  # examples; batches are the same for any number of processes, and so are the rounding errors
+
+
+@dataclass(frozen=True)
+class HellaSwagExample:
+    """The beginning of a text and four endings, one of which is correct.
+
+    Attributes:
+        context: tokens of the beginning.
+        endings: tokens of each ending, with a space before it.
+        n_chars: length of each ending in characters.
+        label: index of the correct ending.
+    """
+
+    context: list[int]
+    endings: list[list[int]]
+    n_chars: list[int]
+    label: int
+
+
+def load_examples(
+    files: Sequence[str], tokenizer: Tokenizer, max_examples: int | None = None
+) -> list[HellaSwagExample]:
+    """Load the validation examples of the hub's Rowan/hellaswag, or of local files with the same columns.
+
+    Raises `UserError` if the files or the hub cannot be read, or if a record is not an example.
+    """
+    if files:
+        records = FileSource(find_files(files, (".jsonl", ".parquet"), "--hellaswag_files"), text_field=None).records()
+    else:
+        records = HubSource("Rowan/hellaswag", None, split="validation").records()
+    examples = [parse_example(location, record, tokenizer) for location, record in islice(records, max_examples)]
+    if not examples:
+        raise UserError("HellaSwag has no examples: the files are empty")
+    return examples
+
+
+def parse_example(location: str, record: dict, tokenizer: Tokenizer) -> HellaSwagExample:
+    """Return one record as an example. Raises `UserError`, naming the record, if it is not one."""
+    context, endings, label = (record.get(name) for name in ("ctx", "endings", "label"))
+    texts = [context, *endings] if isinstance(endings, list) else []
+    valid = len(texts) == 1 + N_ENDINGS and all(isinstance(text, str) for text in texts) and all(texts[1:])
+    if not valid or str(label) not in map(str, range(N_ENDINGS)):
+        raise UserError(
+            f"{location}: not a HellaSwag example: expected a text ctx, {N_ENDINGS} texts in endings, and label, the"
+            " index of the correct one"
+        )
+    tokens = [tokenizer.encode(" " + ending) for ending in endings]
+    return HellaSwagExample(tokenizer.encode(context), tokens, [len(ending) for ending in endings], int(label))
+
+
+@torch.no_grad()
+def evaluate_hellaswag(
+    model: GPT,
+    examples: Sequence[HellaSwagExample],
+    tokenizer: Tokenizer,
+    procs: Processes,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Return how often the correct ending is the most likely one.
+
+    Args:
+        model: the raw model, in train or eval mode.
+
+    Returns:
+        hellaswag: accuracy by the probability of the whole ending, lm_eval's "acc".
+        hellaswag_norm: by the probability per token, as published for GPT-2.
+        hellaswag_norm_chars: by the probability per character, lm_eval's "acc_norm".
+        Each has its standard error, `hellaswag_stderr` and so on.
+
+        Texts are used as they are; lm_eval's task "hellaswag" preprocesses them.
+    """
+    losses = ending_losses(model, examples, tokenizer, procs, progress)  # (examples, 4)
+    lengths = {
+        "hellaswag": torch.ones_like(losses),
+        "hellaswag_norm": torch.tensor([[len(ending) for ending in example.endings] for example in examples]),
+        "hellaswag_norm_chars": torch.tensor([example.n_chars for example in examples]),
+    }
+    labels, n = torch.tensor([example.label for example in examples]), len(examples)
+    result = {}
+    for name, length in lengths.items():
+        accuracy = ((losses / length).argmin(dim=1) == labels).double().mean().item()
+        stderr = math.sqrt(accuracy * (1 - accuracy) / max(1, n - 1))
+        result |= {name: accuracy, f"{name}_stderr": stderr}
+    return result
+
+
+def ending_losses(
+    model: GPT,
+    examples: Sequence[HellaSwagExample],
+    tokenizer: Tokenizer,
+    procs: Processes,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return the summed loss of every ending in nats: (examples, 4) float64, on the CPU.
+
+    Examples of similar length share a batch. Batches are distributed over the processes in turn.
+    """
+    rows = [
+        [build_row(example.context, ending, model, tokenizer) for ending in example.endings] for example in examples
+    ]
+    order = sorted(range(len(rows)), key=lambda i: max(len(tokens) for tokens, _ in rows[i]))
+    batches = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
+    losses = torch.zeros(len(rows), N_ENDINGS, dtype=torch.float64)
+    with eval_mode(model), procs.autocast():
+        for batch in batches[procs.rank :: procs.world_size]:
+            losses[batch] = batch_losses(model, [row for i in batch for row in rows[i]], procs).view(len(batch), -1)
+            if progress is not None:
+                progress.update(min(len(batch) * procs.world_size, len(rows) - progress.done))
+    return procs.all_reduce(losses.to(procs.device)).cpu() if procs.world_size > 1 else losses
+
+
+def build_row(context: list[int], ending: list[int], model: GPT, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """Return the last tokens of context and ending that fit the model, and how many belong to the ending."""
+    tokens = [*(context or [tokenizer.end_of_text]), *ending][-model.config.block_size - 1 :]
+    return tokens, min(len(ending), len(tokens) - 1)
+
+
+def batch_losses(model: GPT, rows: Sequence[tuple[list[int], int]], procs: Processes) -> Tensor:
+    """Return the summed loss of the last n tokens of each row of (tokens, n): (rows,) float64, on the CPU."""
+    length = max(len(tokens) for tokens, _ in rows) - 1
+    inputs = torch.zeros(len(rows), length, dtype=torch.int64)
+    targets = torch.full_like(inputs, IGNORE_INDEX)
+    for i, (tokens, n) in enumerate(rows):
+        end = len(tokens) - 1
+        inputs[i, :end] = torch.tensor(tokens[:-1])
+        targets[i, end - n : end] = torch.tensor(tokens[-n:])
+    inputs, targets = inputs.to(procs.device), targets.to(procs.device)
+    in_ending = targets != IGNORE_INDEX
+    hidden, targets = model.hidden(inputs)[in_ending], targets[in_ending]  # (tokens of all endings, C)
+    chunks = zip(hidden.split(1024), targets.split(1024), strict=True)  # not all logits in memory at once
+    losses = torch.cat([F.cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in chunks])
+    row_of_token = in_ending.nonzero()[:, 0].cpu()
+    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of_token, losses.cpu().double())

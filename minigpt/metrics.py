@@ -1,0 +1,253 @@
+"""The metrics of a run: `log.jsonl`, the progress line, MFU, TensorBoard and Weights & Biases."""
+
+import atexit
+import importlib.util
+import json
+import math
+import re
+import secrets
+import shutil
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint import list_checkpoints
+from minigpt.cli import Progress, UserError, strip_control_chars
+from minigpt.distributed import Processes
+from minigpt.run import Run
+from model import GPT
+
+# Peak of dense bf16 matrix products in FLOP/s, from the data sheets, by a part of the GPU's name.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+MAX_SKIPPED_STEPS = 5  # consecutive steps with a non-finite loss or gradient, after which a run stops
+
+
+class MetricsLogger:
+    """Writes each step to log.jsonl, to the trackers of --report_to and to the screen.
+
+    MFU (model FLOPs utilisation) is the fraction of the hardware's peak that the model's own arithmetic uses ("PaLM",
+    Chowdhery et al., 2022).
+
+    Args:
+        run: the run that is logged.
+        model: its model.
+        step, steps: completed steps, and steps of the whole run.
+        batch_tokens: tokens per step over all processes.
+    """
+
+    def __init__(self, run: Run, model: GPT, step: int, steps: int, batch_tokens: int):
+        self.run, self.procs, self.batch_tokens = run, run.procs, batch_tokens
+        self.skipped_steps = 0  # consecutive
+        flops, source = peak_flops(self.procs)
+        self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
+        self.progress = Progress(steps, "step", initial=step, enabled=self.procs.is_main)
+        self.progress.print(f"peak       {flops / 1e12:,.2f} TFLOP/s per process is 100 % MFU ({source})")
+        names = dict.fromkeys(run.config.report_to) if self.procs.is_main else ()
+        self.trackers = [open_tracker(name, run.folder, run.config, step) for name in names]
+        for tracker in self.trackers:
+            self.progress.print(f"log        {tracker.hint}")
+
+    def log_step(self, step: int, metrics: dict[str, Tensor], lr: float, started: float) -> None:
+        """Log one training step; `started` is its start time by `time.perf_counter()`.
+
+        Raises `UserError` after `MAX_SKIPPED_STEPS` consecutive steps with a non-finite loss or gradient.
+        """
+        loss, grad_norm = metrics["loss"].item(), metrics["grad_norm"].item()  # waits for the device
+        tokens_per_s = self.batch_tokens / (time.perf_counter() - started)
+        mfu = tokens_per_s / self.peak_tokens_per_s
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        row = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+        row |= {"tokens_per_s": round(tokens_per_s, 1), "mfu": round(mfu, 4)}
+        if not finite:
+            row |= {"loss": None, "grad_norm": None, "skipped": True}  # JSON has no NaN
+        self._write(step, row)
+        speed = f"{tokens_per_s:,.0f} tok/s  MFU {mfu:.1%}"
+        self.progress.update(1, f"loss {loss:.4f}  {speed}  lr {lr:.2e}  norm {grad_norm:.2f}")
+        self.skipped_steps = 0 if finite else self.skipped_steps + 1
+        if not finite:
+            self.progress.print(
+                f"step {step:,} skipped: loss {loss}, gradient norm {grad_norm}; the weights are unchanged"
+            )
+        if self.skipped_steps == MAX_SKIPPED_STEPS:
+            newest = (list_checkpoints(self.run.folder) or ["none"])[-1]
+            raise UserError(
+                f"loss or gradient was not finite in {MAX_SKIPPED_STEPS} consecutive steps, up to step {step:,}; the"
+                f" last good checkpoint is {newest}: lower --lr or check the data, and start again with another --out"
+            )
+
+    def log_validation(self, step: int, val_loss: float) -> None:
+        """Log a validation loss."""
+        self._write(step, {"val_loss": val_loss})
+        self.progress.print(f"step {step:,}: validation loss {val_loss:.4f}")
+
+    def log_hellaswag(self, step: int, accuracies: dict[str, float]) -> None:
+        """Log the result of `evaluate_hellaswag`."""
+        self._write(step, accuracies)
+        per_ending, per_token = accuracies["hellaswag"], accuracies["hellaswag_norm"]
+        self.progress.print(f"step {step:,}: HellaSwag {per_ending:.2%}, normalised by tokens {per_token:.2%}")
+
+    def log_samples(self, step: int, samples: list[dict]) -> None:
+        """Log sampled texts: {"prompt", "text"} each."""
+        self._write(step, {"samples": samples})
+        for sample in samples:
+            self.progress.print(f"step {step:,}: {strip_control_chars(sample['prompt'] + sample['text'])}")
+
+    def _write(self, step: int, values: dict) -> None:
+        """Append a row to log.jsonl and send it to the trackers."""
+        if self.procs.is_main:
+            row = {"step": step, "tokens": step * self.batch_tokens} | values
+            with open(self.run.log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            for tracker in self.trackers:
+                tracker.log(row)
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        self.progress.close()
+
+
+def peak_flops(procs: Processes) -> tuple[float, str]:
+    """Return the FLOP/s per process that are 100 % MFU, and their source: a data sheet or a measurement.
+
+    Measured is a square matrix product in the training precision, the fastest of several.
+    """
+    if procs.device.type == "cuda" and procs.dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(procs.device)
+        for part, flops in PEAK_FLOPS.items():
+            if re.search(rf"\b{part}\b", name):
+                return flops, f"{name}, data sheet"
+    n = 8192 if procs.device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=procs.device, dtype=procs.dtype)
+    return 2 * n**3 / min_seconds(lambda: torch.mm(a, a), procs), f"{procs.device.type}, measured"
+
+
+def min_seconds(work: Callable[[], Any], procs: Processes, repeats: int = 8) -> float:
+    """Return the shortest time in seconds that `work` takes on the device."""
+
+    def seconds() -> float:
+        procs.synchronize()
+        started = time.perf_counter()
+        work()
+        procs.synchronize()
+        return time.perf_counter() - started
+
+    return min(seconds() for _ in range(repeats))
+
+
+def check_report_to(names: tuple[str, ...]) -> None:
+    """Raise `UserError` if a library of --report_to is not installed, or Weights & Biases has no login."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name} is not installed: pip install -r requirements-extra.txt")
+    if "wandb" in names:
+        import wandb
+
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise UserError("--report_to wandb: not logged in: run `wandb login` first, or set WANDB_MODE=offline")
+
+
+def open_tracker(name: str, folder: Path, config: Any, step: int) -> Any:
+    """Return the named tracker for the run in `folder`, whose log.jsonl ends at `step`.
+
+    Its log(row) makes curves of numbers and text of strings and lists of records. The libraries write in the background
+    and close themselves when the process ends.
+    """
+    return {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}[name](folder, config, step)
+
+
+def logged_rows(folder: Path) -> Iterator[dict]:
+    """Yield the rows of a run's log.jsonl, if it exists."""
+    if (folder / "log.jsonl").exists():
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            yield json.loads(line)
+
+
+class TensorBoardTracker:
+    """Event files in the run folder.
+
+    A crash loses up to two minutes of events and leaves steps that will be logged again. So a resumed run writes all
+    events again from log.jsonl; `purge_step` informs a TensorBoard that is running.
+    """
+
+    def __init__(self, folder: Path, config: Any, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=0)
+        atexit.register(self.writer.close)
+        self.writer.add_text("config", to_markdown([asdict(config)]), 0)
+        for row in logged_rows(folder):
+            self.log(row)
+        self.hint = f"tensorboard --logdir {folder.parent}"
+
+    def log(self, row: dict) -> None:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name not in ("step", "tokens"):
+                self.writer.add_scalar(name, value, row["step"], new_style=False)
+            elif isinstance(value, (str, list)):
+                self.writer.add_text(name, to_markdown(value), row["step"])
+
+
+def to_markdown(value: str | list[dict]) -> str:
+    """Return Markdown that shows text literally, as an indented block."""
+    if isinstance(value, str):
+        return textwrap.indent(value, "    ")
+    return "\n\n---\n\n".join(
+        "\n\n".join(f"**{key}**\n\n{textwrap.indent(str(text), '    ')}" for key, text in record.items())
+        for record in value
+    )
+
+
+class WandbTracker:
+    """A Weights & Biases run, which keeps its id when the run is resumed.
+
+    It accepts each step once; steps that are logged again after a crash have the same values. Offline, `kill -9` loses
+    the last 15 seconds, which wandb has not written yet. WANDB_MODE, WANDB_PROJECT and so on are wandb's own.
+    """
+
+    def __init__(self, folder: Path, config: Any, step: int):
+        import wandb
+
+        id_file = folder / "wandb" / "run_id"
+        resumed = step > 0 and id_file.exists()
+        run_id = id_file.read_text() if resumed else secrets.token_hex(4)
+        id_file.parent.mkdir(exist_ok=True)
+        online = wandb.setup().settings.mode == "online"
+        settings = wandb.Settings(silent=not online, quiet=True, console="off")
+        options = {"name": folder.name, "config": asdict(config), "dir": folder}
+        try:
+            self.run = wandb.init(id=run_id, resume="allow", settings=settings, **options)
+        except wandb.Error as error:
+            raise UserError(f"--report_to wandb: {error}; WANDB_MODE=offline needs no network") from None
+        self.table = wandb.Table
+        id_file.write_text(run_id)
+        first = math.inf if resumed and self.run.offline else self.run.step  # online, the server returns its last step
+        for row in logged_rows(folder):
+            if row["step"] >= first:
+                self.log(row)
+        sync = f"wandb sync {folder}/wandb/offline-run-*"
+        self.hint = sync if self.run.offline else self.run.url or "wandb is disabled"
+
+    def log(self, row: dict) -> None:
+        values = {name: value for name, value in row.items() if value is not None and name != "step"}
+        for name, value in values.items():
+            if isinstance(value, list):
+                columns = list(value[0])
+                values[name] = self.table(columns=columns, data=[[record[key] for key in columns] for record in value])
+        self.run.log(values, step=row["step"])

@@ -1,0 +1,165 @@
+"""A run folder: its lock, its identity, resuming, signals and saving."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt import checkpoint
+from minigpt.cli import UserError
+from minigpt.dataset import Dataset
+from minigpt.distributed import Processes
+from minigpt.files import atomic_rename, lock_folder
+from model import GPT
+
+EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
+RUN_FILES = ("log.jsonl", "log.tmp", ".lock", "tensorboard", "wandb")  # beside step_*
+
+
+class Run:
+    """A run folder. A run that is resumed continues the same training.
+
+    Args:
+        config: the script's flags. Together with the data they define the run, except those declared `resumable`.
+        data: the training data.
+        procs: the processes that train.
+        history: earlier training runs of the initial model, see `PretrainedModel`.
+
+    Attributes:
+        newest_checkpoint: the checkpoint to resume from; None for a new run.
+        saved_flags: the flags in that checkpoint; {} for a new run.
+
+    Raises:
+        UserError: the folder holds another run, or other files.
+    """
+
+    def __init__(self, config: Any, data: Dataset, procs: Processes, history: Sequence[dict] = ()):
+        self.folder, self.config, self.procs = Path(config.out), config, procs
+        self.history, self.source = list(history), data.meta.get("source", {})
+        self.tokenizer, self.log_file = data.tokenizer.name, self.folder / "log.jsonl"
+        self.identity = {
+            field.name: getattr(config, field.name) for field in fields(config) if "resumable" not in field.metadata
+        }
+        self.identity["data"] = data.fingerprint
+        names = [item.name for item in self.folder.iterdir()] if self.folder.exists() else []
+        is_new = all(name in RUN_FILES or name.startswith("step_") for name in names)
+        if not (is_new or checkpoint.list_checkpoints(self.folder)):
+            raise UserError(f"{self.folder} already exists and is not a run: choose another --out")
+        if procs.is_main:
+            self.lock = lock_folder(self.folder)
+        self.newest_checkpoint = checkpoint.find_newest(self.folder, warn=procs.is_main)
+        self.stop_reason, self.started, self.signal_time = "", time.monotonic(), 0.0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        self.saved_flags: dict = {}
+        if self.newest_checkpoint is not None:
+            meta = checkpoint.read_meta(self.newest_checkpoint)
+            self._check_same(meta.get("identity", {}), self.identity)
+            self.saved_flags = meta.get("config", {})
+            self.history = meta.get("history", [])
+
+    def _check_same(self, saved: dict, current: dict) -> None:
+        """Raise `UserError` if the saved run differs from the current one."""
+        if ("init" in saved) != ("init" in current):
+            raise UserError(f"{self.folder} is a run of the other training script: choose another --out")
+        names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+        if names:
+            changes = ", ".join(f"{name} was {saved.get(name)} and is now {current.get(name)}" for name in names)
+            raise UserError(
+                f"{self.folder} holds a different run: {changes}; use the old values to resume it, or another --out to"
+                " start a new run"
+            )
+
+    def resume(self, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest checkpoint, if any; return the number of completed steps, 0 for a new run.
+
+        Raises `UserError` if the checkpoint is corrupt, of another shape, or not the same for all processes.
+        """
+        step = None
+        if self.newest_checkpoint is not None:
+            meta = checkpoint.read_meta(self.newest_checkpoint)
+            self._check_same(meta["model"], asdict(model.config))
+            model.load_state_dict(checkpoint.load_tensors(self.newest_checkpoint, "model", meta))
+            checkpoint.load_optimizer_state_dict(self.newest_checkpoint, meta, model, optimizer)
+            step = meta["step"]
+        if not self.procs.all_equal(step):
+            raise UserError(
+                f"the processes found different checkpoints in {self.folder}: --out must be a folder that all machines"
+                " share"
+            )
+        if self.procs.is_main:
+            found = checkpoint.list_checkpoints(self.folder)
+            newer = found[found.index(self.newest_checkpoint) + 1 :] if self.newest_checkpoint else []
+            for folder in newer:  # corrupt
+                checkpoint.discard(folder)
+            self._truncate_log(-1 if step is None else step)
+        return step or 0
+
+    def _truncate_log(self, step: int) -> None:
+        """Drop the log rows after a step, which will be logged again."""
+        if not self.log_file.exists():
+            return
+        rows = [line for line in self.log_file.read_text().splitlines() if step_of_row(line) <= step]
+        temporary = self.log_file.with_suffix(".tmp")
+        temporary.write_text("".join(row + "\n" for row in rows))
+        atomic_rename(temporary, self.log_file)
+
+    def save(self, step: int, model: GPT, optimizer: torch.optim.Optimizer, metrics: dict) -> None:
+        """Write the checkpoint of a step, then prune old ones."""
+        if self.procs.is_main:
+            meta = {
+                "step": step,
+                "tokenizer": self.tokenizer,
+                "metrics": metrics,
+                "identity": self.identity,
+                "config": asdict(self.config),
+                "source": self.source,
+                "history": self.history,
+            }
+            folder = self.folder / f"step_{step:06d}"
+            checkpoint.save(folder, model, checkpoint.optimizer_state_dict(model, optimizer), meta)
+            checkpoint.prune(self.folder, self.config.keep)
+        self.procs.barrier()
+
+    def stop_requested(self) -> bool:
+        """Return whether a signal or --max_minutes stops any process; then all stop after the same step."""
+        limit = self.config.max_minutes
+        if limit is not None and time.monotonic() - self.started > 60 * limit:
+            self.stop_reason = self.stop_reason or f"--max_minutes {limit:g}"
+        stop = torch.tensor(int(bool(self.stop_reason)), device=self.procs.device)
+        return bool(self.procs.all_reduce(stop))
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        # A Ctrl-C in the terminal reaches every process, and torchrun forwards it: within a second it is the same one.
+        if number == signal.SIGINT and self.signal_time and time.monotonic() - self.signal_time > 1:
+            os._exit(130)
+        if not self.signal_time and self.procs.is_main:
+            os.write(2, b"\nstopping after this step\n")  # print() is not reentrant
+        self.stop_reason = self.stop_reason or signal.Signals(number).name
+        self.signal_time = self.signal_time or time.monotonic()
+
+    def save_and_exit(self, step: int, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        """Save this step if needed, and exit with code 75 for the launcher."""
+        if step > 0 and not (self.folder / f"step_{step:06d}").exists():
+            self.save(step, model, optimizer, {})
+        if self.procs.is_main:
+            reason = self.stop_reason or "another process"
+            print(f"stopped by {reason} after step {step:,}: run the same command again to resume", flush=True)
+        self.procs.close()
+        sys.exit(EXIT_STOPPED)
+
+
+def step_of_row(line: str) -> float:
+    """Return the step of a log row; infinity for a row truncated by a crash."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

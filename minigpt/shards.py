@@ -1,0 +1,247 @@
+"""The dataset folder: how its `.npy` arrays are written, completed and opened.
+
+A dataset folder holds one-dimensional `.npy` arrays, which `numpy.load(mmap_mode="r")` opens, and `meta.json`. The
+latter is written last and makes the folder complete: contents, source, and the length and SHA-256 of every file.
+
+    text:  train_000000.npy, ..., val_000000.npy   uint16 tokens; every document starts with end of text
+    chat:  train_tokens.npy      uint16, all conversations in a row
+           train_loss_mask.npy   bool, True for tokens that count in the loss
+           train_offsets.npy     int64 (n + 1,): conversation i is tokens[offsets[i] : offsets[i + 1]]
+           and the same for val
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from minigpt.cli import UserError
+from minigpt.files import atomic_rename, lock_folder, read_json, sha256, write_json
+
+FORMAT_VERSIONS = {"text": 1, "chat": 2}
+SCRIPTS = {"text": "prepare_fineweb.py", "chat": "prepare_dolly.py"}
+SPLITS = ("train", "val")
+INCOMPLETE = "incomplete.json"  # replaces meta.json while the folder is being written
+
+
+def is_validation(document: bytes, val_fraction: float) -> bool:
+    """Return whether a document belongs to the validation split. Adding data never moves it to the other split."""
+    return hash_selects(document, val_fraction)
+
+
+def hash_selects(document: bytes, fraction: float, salt: bytes = b"") -> bool:
+    """Return whether the document's hash selects it into a random fraction; each salt selects independently."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8, salt=salt).digest(), "big") < fraction * 2**64
+
+
+def begin_dataset(folder: Path, meta: dict) -> dict | None:
+    """Prepare `folder` for writing the dataset that `meta` describes, and lock it for this process.
+
+    Returns the progress that an interrupted run saved, {} if there is none, or None if the dataset is complete.
+    Raises `UserError` if the folder holds anything else, or if another process is writing to it.
+    """
+    complete = (folder / "meta.json").exists()
+    progress: dict = {}
+    if complete or (folder / INCOMPLETE).exists():
+        saved = read_json(folder / ("meta.json" if complete else INCOMPLETE))
+        changed = [key for key in meta if saved.get(key) != meta[key]]
+        if changed and any(folder.glob("*.npy")):  # without finished arrays nothing can be lost
+            differences = "; ".join(
+                "the source differs" if key == "source" else f"{key} is {saved.get(key)}, not {meta[key]}"
+                for key in changed
+            )
+            raise UserError(
+                f"{folder} already holds another{'' if complete else ', incomplete'} dataset ({differences}):"
+                " choose another --out or delete it"
+            )
+        if complete and not changed:
+            return None
+        progress = saved.get("progress", {}) if not changed else {}
+    elif folder.exists() and any(item.name not in (f"{INCOMPLETE}.tmp", ".lock") for item in folder.iterdir()):
+        raise UserError(f"{folder} already exists and is not a dataset folder: choose another --out")
+    lock_folder(folder)
+    (folder / "meta.json").unlink(missing_ok=True)
+    save_progress(folder, meta, progress)
+    return progress
+
+
+def save_progress(folder: Path, meta: dict, progress: dict) -> None:
+    """Save the progress of an incomplete dataset: the writers' states by split, and anything else that is needed."""
+    write_json(folder / INCOMPLETE, meta | {"progress": progress})
+    remove_arrays(folder, keep=progress)
+
+
+def finish_dataset(folder: Path, meta: dict) -> None:
+    """Write `meta.json`, which completes the dataset."""
+    write_json(folder / "meta.json", meta)
+    (folder / INCOMPLETE).unlink()
+    remove_arrays(folder, keep=meta)
+
+
+def check_splits(sizes: dict[str, int], unit: str, val_fraction: float, skipped: str) -> None:
+    """Raise `UserError` if a split is empty; `sizes` counts the documents or conversations of each.
+
+    `skipped` says in the error how many records were skipped.
+    """
+    total = sum(sizes.values())
+    if total < 2:
+        raise UserError(f"the source has {total} usable {unit} ({skipped}), but each split needs one: give more data")
+    for split, size in sizes.items():
+        if size == 0:
+            direction = "larger" if split == "val" else "smaller"
+            raise UserError(
+                f"none of the {total} {unit} fell into the {split} split at --val_fraction {val_fraction}: use a"
+                f" {direction} one, or give more {unit}"
+            )
+
+
+def remove_arrays(folder: Path, keep: dict) -> None:
+    """Delete the arrays that are not named in the metadata or progress `keep`."""
+    states = [keep.get(split, {}) for split in SPLITS]
+    entries = [entry for state in states for entry in [*state.get("files", []), state.get("partial", {})]]
+    names = {entry.get("file") for entry in entries}
+    for file in [*folder.glob("*.npy"), *folder.glob("*.npy.tmp")]:
+        if file.name not in names:
+            file.unlink()
+
+
+def write_array(file: Path, array: np.ndarray) -> dict:
+    """Write one `.npy` file atomically; return its entry for meta.json."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+            stream.write(array.data)  # np.save does not report a full disk
+        digest = sha256(temporary)
+        atomic_rename(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(file)
+        raise
+    return {"file": file.name, "length": len(array), "sha256": digest}
+
+
+class ShardWriter:
+    """Writes one split's documents as shards of `shard_tokens` tokens. A document may span two shards."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int, state: dict | None = None):
+        self.folder, self.split = folder, split
+        self.buffer = np.empty(shard_tokens, dtype=np.uint16)
+        self.filled = self.documents = self.tokens = 0
+        self.shards: list[dict] = []
+        if state:
+            self.documents, self.tokens, self.shards = state["documents"], state["tokens"], state["files"]
+            partial = open_array(folder / Path(state["partial"]["file"]).name, state["partial"]["length"])
+            self.filled = len(partial)
+            self.buffer[: self.filled] = partial
+
+    def state_dict(self) -> dict:
+        """Return the state to resume from; tokens that do not fill a shard yet are written to a file."""
+        partial = write_array(self.folder / f"partial_{self.split}_{self.tokens}.npy", self.buffer[: self.filled])
+        return {"documents": self.documents, "tokens": self.tokens, "files": self.shards, "partial": partial}
+
+    def add(self, document: np.ndarray) -> None:
+        """Append a document's tokens, including its end of text."""
+        self.documents += 1
+        self.tokens += len(document)
+        while len(document):
+            piece = document[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(piece)] = piece
+            self.filled += len(piece)
+            document = document[len(piece) :]
+            if self.filled == len(self.buffer):
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the buffer as the next shard."""
+        file = self.folder / f"{self.split}_{len(self.shards):06d}.npy"
+        entry = write_array(file, self.buffer[: self.filled])
+        self.shards.append(entry | {"documents": self.documents - sum(shard["documents"] for shard in self.shards)})
+        self.filled = 0
+
+    def close(self) -> dict:
+        """Write the last shard; return the split's entry for meta.json."""
+        if self.filled:
+            self.flush()
+        return {"documents": self.documents, "tokens": self.tokens, "files": self.shards}
+
+
+def read_meta(folder: Path, kind: str | None = None) -> dict:
+    """Return the metadata of a complete dataset folder of this kind; None accepts any kind.
+
+    For bare GPT-2 shards, which have no meta.json, it is inferred. Raises `UserError` if the folder is missing,
+    incomplete, or of another kind or format version.
+    """
+    script = SCRIPTS.get(kind, "prepare_fineweb.py or prepare_dolly.py")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such dataset folder; create it with {script}, or choose another with --data")
+    if not (folder / "meta.json").exists():
+        if (folder / INCOMPLETE).exists():
+            raise UserError(f"{folder} is incomplete: run {script} again to complete it")
+        return infer_meta(folder, kind)
+    meta = read_json(folder / "meta.json")
+    if meta.get("kind") not in tuple(SCRIPTS):
+        raise UserError(f"{folder} is not a dataset folder: its meta.json has no kind of data")
+    if kind not in (None, meta.get("kind")):
+        raise UserError(f"{folder} holds {meta.get('kind')} data, not {kind}: create that with {script}")
+    expected = FORMAT_VERSIONS.get(meta.get("kind"))
+    if meta.get("version") != expected:
+        raise UserError(
+            f"{folder} has format version {meta.get('version')}, expected {expected}: delete it and run {script} again"
+        )
+    if not all(isinstance(meta.get(split), dict) and meta[split].get("files") for split in SPLITS):
+        raise UserError(f"{folder}/meta.json lists no files: delete {folder} and run {script} again")
+    return meta
+
+
+def infer_meta(folder: Path, kind: str | None) -> dict:
+    """Return metadata for shards of other GPT-2 repositories, `*_train_*.npy` and `*_val_*.npy` without meta.json."""
+    shards = {split: sorted(folder.glob(f"*{split}_*.npy")) for split in SPLITS}
+    if kind == "chat" or not all(shards.values()):
+        raise UserError(
+            f"{folder} is incomplete or not a dataset: it has no meta.json, and no *train_*.npy and *val_*.npy"
+        )
+    meta: dict = {"kind": "text", "tokenizer": "gpt2"}
+    for split, files in shards.items():
+        arrays = [open_array(file) for file in files]
+        entries = [
+            {"file": file.name, "length": len(array), "ends_sha256": sha256_of_ends(array)}
+            for file, array in zip(files, arrays, strict=True)
+        ]
+        meta[split] = {"tokens": sum(map(len, arrays)), "files": entries}
+    return meta
+
+
+def sha256_of_ends(array: np.ndarray, length: int = 500_000) -> str:
+    """Return a checksum of an array's start and end, to identify a dataset without reading it whole."""
+    return hashlib.sha256(array[:length].tobytes() + array[-length:].tobytes()).hexdigest()
+
+
+def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
+    """Map the arrays of each split into memory, in the order of meta.json."""
+    try:
+        entries = {split: [(entry["file"], entry["length"]) for entry in meta[split]["files"]] for split in SPLITS}
+    except (KeyError, TypeError):
+        raise UserError(f"{folder}/meta.json is corrupt: delete {folder} and prepare it again") from None
+    for name, _ in [entry for split in SPLITS for entry in entries[split]]:
+        if Path(name).name != name:
+            raise UserError(f"{folder}/meta.json names {name!r}, which is not a file in the folder")
+    return {split: [open_array(folder / name, length) for name, length in entries[split]] for split in SPLITS}
+
+
+def open_array(file: Path, length: int | None = None) -> np.ndarray:
+    """Map a one-dimensional array into memory. Raises `UserError` if it is missing, corrupt or of another length."""
+    fix = f"delete {file.parent} and prepare it again"
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {fix}") from None
+    except (ValueError, EOFError) as error:  # a corrupt header, fewer bytes than the header says, an empty file
+        raise UserError(f"{file} is corrupt or truncated: {error}; {fix}") from None
+    if not isinstance(array, np.ndarray):  # a .npz archive
+        raise UserError(f"{file} is corrupt or truncated: it is not an array; {fix}")
+    if array.ndim != 1:
+        raise UserError(f"{file} has {array.ndim} dimensions, expected 1")
+    if length not in (None, len(array)):
+        raise UserError(f"{file} has {len(array)} entries, expected {length} from its meta.json: {fix}")
+    return array

@@ -1,0 +1,334 @@
+"""Records from datasets on the Hugging Face Hub and from local files.
+
+Every source iterates over (location, record): a dict, and the words that name it in an error, "notes.jsonl line 7".
+"""
+
+import contextlib
+import glob
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minigpt.cli import UserError, check_range
+from minigpt.files import sha256
+
+Record = tuple[str, dict]
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIBLE = (".txt", ".jsonl", ".json")  # suffixes that may be followed by .gz or .zst
+DOCUMENT_CHARS = 16_384  # a long .txt file is split into documents of about this length
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """The flags that prepare_fineweb.py and prepare_dolly.py share; their defaults are in the scripts."""
+
+    dataset: str
+    """A dataset on the Hugging Face Hub."""
+    out: Path
+    """The dataset folder to write."""
+    val_fraction: float
+    """Fraction of the documents or conversations for the validation split."""
+    name: str | None = None
+    """Configuration of the dataset; default: sample-10BT of FineWeb-Edu, the default one of other datasets."""
+    split: str = "train"
+    """Split of the dataset."""
+    files: tuple[str, ...] = ()
+    """Local files instead of a dataset: paths, folders or globs; text and JSON also with .gz or .zst."""
+    tokenizer: str = "gpt2"
+    """gpt2, or bytes, which needs no download."""
+
+    def check(self, *others: str) -> None:
+        """Raise `UserError` if more than one of --files, --dataset and `others` is given, or for invalid values."""
+        hub_flags = any(getattr(self, name) != getattr(type(self), name) for name in ("dataset", "name", "split"))
+        if hub_flags + sum(bool(getattr(self, name)) for name in ("files", *others)) > 1:
+            names = ", ".join(f"--{name}" for name in ("files", *others))
+            raise UserError(f"{names} and --dataset with --name and --split cannot be combined: give one of them")
+        check_range("val_fraction", self.val_fraction, 0, 0.5, open_low=True)
+
+
+class FileSource:
+    """Local files as a source that can be resumed."""
+
+    def __init__(self, files: Sequence[Path], text_field: str | None = "text"):
+        self.files, self.text_field, self.position = files, text_field, 0
+
+    def metadata(self) -> dict:
+        """Return the names, sizes and checksums of the files, for meta.json."""
+        return {"files": [{"file": str(f), "bytes": f.stat().st_size, "sha256": sha256(f)} for f in self.files]}
+
+    def records(self, position: int | None = None) -> Iterator[Record]:
+        """Yield all records, or those after an earlier value of `self.position`, which counts records."""
+        for number, record in enumerate(read_files(self.files, self.text_field), start=1):
+            self.position = number
+            if number > (position or 0):
+                yield record
+
+
+class HubSource:
+    """A dataset on the hub as a source that can be resumed. It is streamed and not kept on disk.
+
+    Records are read in Arrow tables, which `datasets` returns several times faster than single rows.
+
+    Args:
+        column: read only this column; None reads all.
+
+    Raises:
+        UserError: the dataset does not exist, or the network fails.
+    """
+
+    def __init__(self, dataset: str, name: str | None, column: str | None = None, split: str = "train"):
+        from datasets import load_dataset
+        from huggingface_hub import HfApi
+
+        self.dataset, self.name, self.column, self.split = dataset, name, column, split
+        self.label = f"{dataset}/{name}" if name else dataset
+        # rows so far; state of the stream before the last table; rows of that table
+        self.position = {"row": 0, "table": None, "done": 0}
+        try:
+            self.revision = HfApi().dataset_info(dataset).sha
+            stream = load_dataset(dataset, name=name, split=split, streaming=True, revision=self.revision)
+            self.stream = stream.with_format("arrow")
+        except Exception as error:  # the client raises many types: unknown name, no network, a private dataset
+            raise UserError(
+                f"dataset {self.label} cannot be opened: {first_line(error)}; check the name and the network, or use"
+                " --files"
+            ) from None
+
+    def metadata(self) -> dict:
+        """Return the name and revision of the dataset, for meta.json."""
+        split = {} if self.split == "train" else {"split": self.split}
+        return {"dataset": self.dataset, "name": self.name, "revision": self.revision} | split
+
+    def records(self, position: dict | None = None) -> Iterator[Record]:
+        """Yield all records, or those after an earlier value of `self.position`, without reading earlier files.
+
+        Raises `UserError` if the network fails beyond the client's retries.
+        """
+        self.position = position or self.position
+        row, begin, done = (self.position[key] for key in ("row", "table", "done"))
+        if begin is not None:
+            self.stream.load_state_dict(begin)
+        tables = self.stream.iter(batch_size=1000)
+        while True:
+            try:
+                table = next(tables)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise UserError(
+                    f"dataset {self.label} failed after row {row:,}: {first_line(error)}; run the same command again to"
+                    " resume"
+                ) from None
+            if self.column is not None:
+                check_column(self.column, table.column_names, self.label)
+                table = table.select([self.column])
+            for record in table.slice(done).to_pylist():
+                row, done = row + 1, done + 1
+                self.position = {"row": row, "table": begin, "done": done}
+                yield f"{self.label} row {row}", record
+            begin, done = self.stream.state_dict(), 0
+
+
+def text_batches(
+    source: FileSource | HubSource, position: Any, text_field: str, max_chars: int = 4_000_000
+) -> Iterator[tuple[list[str], Any]]:
+    """Yield the source's texts after a position, in lists of about `max_chars` characters, each with the next position.
+
+    Raises `UserError` for a record without text.
+    """
+    texts: list[str] = []
+    n_chars = 0
+    for location, record in source.records(position):
+        text = record.get(text_field)
+        if not isinstance(text, str):
+            fields = ", ".join(map(str, record))
+            raise UserError(f"{location}: no text in field {text_field!r}; --text_field can be one of: {fields}")
+        texts.append(text)
+        n_chars += len(text)
+        if n_chars >= max_chars:
+            yield texts, source.position
+            texts, n_chars = [], 0
+    if texts:
+        yield texts, source.position
+
+
+def find_files(patterns: Sequence[str], suffixes: Sequence[str], flag: str = "--files") -> list[Path]:
+    """Return the files that paths, folders and globs name; those of a folder or glob in alphabetical order.
+
+    Raises `UserError`: a pattern that matches nothing, a file with another suffix, a file named twice.
+    """
+    supported = f"{' or '.join(suffixes)} (text also with .gz or .zst)"
+    files: list[Path] = []
+    for pattern in patterns:
+        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise UserError(f"{flag} {pattern}: no such file")
+        for path in map(Path, paths):
+            found = list_folder(path, suffixes) if path.is_dir() else [path]
+            if not found:
+                raise UserError(f"{flag} {path}: no file in this folder ends in {supported}")
+            if path.is_dir():
+                print(f"{path}: {len(found):,} file{'s' if len(found) > 1 else ''}")
+            files += found
+    counts = Counter(file.resolve() for file in files)  # symbolic links can name a file twice
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{flag} {file}: not a file")
+        if data_suffix(file) not in suffixes:
+            raise UserError(f"{flag} {file}: a file must end in {supported}")
+        if counts[file.resolve()] > 1:
+            raise UserError(f"{flag} {file}: named more than once")
+    return files
+
+
+def list_folder(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Return all files with these suffixes below a folder, hidden ones excluded, in alphabetical order."""
+    paths = sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
+    return [path for path in paths if data_suffix(path) in suffixes and not path.is_dir()]
+
+
+def data_suffix(file: Path) -> str:
+    """Return a file's suffix without the compression: ".jsonl" for notes.jsonl.gz."""
+    inner = Path(file.stem).suffix
+    return inner if file.suffix in COMPRESSIONS and inner in COMPRESSIBLE else file.suffix
+
+
+def read_files(files: Sequence[Path], text_field: str | None = "text") -> Iterator[Record]:
+    """Yield the records of files, one file after the other. Only `.json` files are read into memory whole.
+
+    A document of a `.txt` file becomes {text_field: text}. `.parquet` files are read in this column only, or in all
+    with None. Raises `UserError` for a corrupt file.
+    """
+    for file in files:
+        suffix = data_suffix(file)
+        if suffix == ".txt":
+            yield from read_txt(file, text_field or "text")
+        elif suffix == ".parquet":
+            yield from read_parquet(file, text_field)
+        elif suffix == ".json":
+            yield from read_json_list(file)
+        else:
+            yield from read_jsonl(file)
+
+
+def read_jsonl(file: Path) -> Iterator[Record]:
+    """Yield one record per line; blank lines are skipped."""
+    with open_stream(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            location = f"{file} line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # invalid JSON, invalid UTF-8, nested too deep
+                raise UserError(f"{location}: malformed JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise UserError(f'{location}: a line must be a JSON object, as in {{"text": ...}}')
+            yield location, record
+
+
+def read_json_list(file: Path) -> Iterator[Record]:
+    """Yield the objects of one JSON list, the format in which Alpaca and ShareGPT are published."""
+    with open_stream(file) as stream:
+        data = stream.read()
+    try:
+        records = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file}: malformed JSON: {error}; a file with one record per line must end in .jsonl"
+        ) from None
+    if not isinstance(records, list):
+        raise UserError(f"{file}: a .json file must be a list of records")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise UserError(f'{file} record {number}: it must be a JSON object, as in {{"text": ...}}')
+        yield f"{file} record {number}", record
+
+
+def read_parquet(file: Path, column: str | None) -> Iterator[Record]:
+    """Yield the rows of a Parquet file, with one column or with all."""
+    import pyarrow.parquet
+
+    with report_corrupt(file, "Parquet file"), pyarrow.parquet.ParquetFile(file) as parquet:
+        if column is not None:
+            check_column(column, parquet.schema_arrow.names, str(file))
+        row = 0
+        for batch in parquet.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+            for record in batch.to_pylist():
+                row += 1
+                yield f"{file} row {row}", record
+
+
+def read_txt(file: Path, text_field: str) -> Iterator[Record]:
+    """Yield a text file as documents, split at the first blank line after every `DOCUMENT_CHARS` characters.
+
+    A book becomes many documents: some of them serve for validation, and a file of any size fits in memory.
+    """
+    lines: list[str] = []
+    n_chars = 0
+    number = 1
+    with open_stream(file) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        try:
+            while line := text.readline(DOCUMENT_CHARS):
+                number += line.endswith("\n")
+                lines.append(line)
+                n_chars += len(line)
+                if n_chars >= 4 * DOCUMENT_CHARS or (n_chars >= DOCUMENT_CHARS and not line.strip()):
+                    yield f"{file} before line {number}", {text_field: "".join(lines)}
+                    lines, n_chars = [], 0
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} near line {number}: not UTF-8 text ({error.reason})") from None
+    if lines:
+        yield f"{file} before line {number}", {text_field: "".join(lines)}
+
+
+@contextlib.contextmanager
+def open_stream(file: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading bytes; .gz and .zst files are decompressed.
+
+    Archives of several members or frames are read to the end. Raises `UserError` for an archive that is corrupt or
+    truncated, which must not pass for a shorter one.
+    """
+    if file.suffix not in COMPRESSIONS:
+        with open(file, "rb") as stream:
+            yield stream
+        return
+    import pyarrow
+
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: not a readable {file.suffix} archive: it is empty")
+    with (
+        report_corrupt(file, f"{file.suffix} archive"),
+        io.BufferedReader(pyarrow.input_stream(file, compression=COMPRESSIONS[file.suffix])) as stream,
+    ):
+        yield stream
+
+
+@contextlib.contextmanager
+def report_corrupt(file: Path, format_name: str) -> Iterator[None]:
+    """Raise `UserError` in place of pyarrow's exceptions for a corrupt file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # an error of the disk; pyarrow's own have no errno
+        raise UserError(f"{file}: not a readable {format_name}: {error}") from None
+
+
+def check_column(name: str, names: Sequence[str], location: str) -> None:
+    """Raise `UserError` if the column does not exist."""
+    if name not in names:
+        raise UserError(f"{location}: no column {name!r}; --text_field can be one of: {', '.join(names)}")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or its type."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

@@ -1,0 +1,223 @@
+"""Training, shared by pretraining and finetuning: flags, one optimiser step, exact validation, micro-batch size."""
+
+import contextlib
+import gc
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minigpt.cli import UserError, check_range, resumable
+from minigpt.dataset import Batch, Dataset
+from minigpt.distributed import Processes
+from minigpt.metrics import check_report_to
+from model import GPT, IGNORE_INDEX, eval_mode
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The flags that pretrain.py and finetune.py share; their defaults are in the scripts."""
+
+    data: str
+    """The dataset folder to train on."""
+    out: str
+    """The run folder, for checkpoints and log."""
+    batch_tokens: int
+    """Tokens per step over all processes, with padding."""
+    lr: float
+    """The peak learning rate."""
+    warmup_fraction: float
+    """Fraction of the steps with linear warmup; then the learning rate decays along a cosine to a tenth."""
+    dropout: float
+    """Dropout probability."""
+    val_every: int
+    """Steps between validations."""
+    save_every: int
+    """Steps between checkpoints; each is validated too."""
+    keep: int = resumable(2)
+    """Number of newest checkpoints to keep; the best one is kept too."""
+    micro_batch_size: int | None = resumable(None)
+    """Rows per forward pass, with gradient accumulation; default: as before on resume, else the most that fit."""
+    weight_decay: float = 0.1
+    """AdamW weight decay, on 2-D parameters only."""
+    grad_clip: float = 1.0
+    """Clip the gradient norm to this value."""
+    seed: int = 1337
+    """Seed of the initial weights, the data order and dropout."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = resumable(())
+    """Trackers to log to, besides log.jsonl."""
+    max_minutes: float | None = resumable(None)
+    """Save and stop after this time, with exit code 75; run the same command again to resume."""
+    device: str | None = resumable(None)
+    """cuda, mps or cpu; default: the best available."""
+    dtype: Literal["float32", "bfloat16"] | None = resumable(None)
+    """Precision of the matrix products; default: bfloat16 on GPUs that support it, else float32."""
+    compile: bool = resumable(default_factory=torch.cuda.is_available)
+    """Compile the model; the first step then takes about a minute. Default: on a GPU."""
+    deterministic: bool = resumable(False)
+    """Use deterministic GPU kernels only: slower, but a resumed run equals an uninterrupted one bit for bit."""
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Check the shared flags before any work starts. Raises `UserError`."""
+    if not config.out.strip():
+        raise UserError("--out is empty: give a folder, such as runs/mine")
+    for name in ("batch_tokens", "micro_batch_size", "val_every", "save_every", "keep"):
+        if getattr(config, name) is not None:
+            check_range(name, getattr(config, name), 1)
+    check_range("lr", config.lr, 0, 1, open_low=True)
+    check_range("warmup_fraction", config.warmup_fraction, 0, 1)
+    check_range("weight_decay", config.weight_decay, 0)
+    check_range("grad_clip", config.grad_clip, 0, open_low=True)
+    check_range("dropout", config.dropout, 0, 0.9)
+    check_range("seed", config.seed, 0, 2**63 - 1)
+    check_report_to(config.report_to)
+
+
+def train_step(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: Optimizer,
+    lr: float,
+    grad_clip: float,
+    procs: Processes,
+) -> dict[str, Tensor]:
+    """Do one optimiser step on this process's micro-batches of the global batch.
+
+    The loss is the sum over all targets of all micro-batches on all processes, divided by their number. So no target
+    weighs more because its micro-batch has fewer. If the loss or a gradient is not finite, weights and optimiser state
+    stay unchanged.
+
+    Returns:
+        loss: mean cross-entropy per target of the global batch in nats; on the device, like grad_norm.
+        grad_norm: gradient norm before clipping.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    batches = [batch.to(procs.device) for batch in batches]
+    n_targets = procs.all_reduce(torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum())
+    loss_sum = torch.zeros((), device=procs.device)
+    for i, batch in enumerate(batches):
+        skip_sync = procs.world_size > 1 and i < len(batches) - 1  # all-reduce gradients with the last micro-batch only
+        with model.no_sync() if skip_sync else contextlib.nullcontext():
+            with procs.autocast():
+                loss = model(batch.tokens, batch.targets, batch.positions)
+            (loss * (procs.world_size / n_targets)).backward()  # DDP averages gradients: undo its division
+        loss_sum += loss.detach()
+    loss = procs.all_reduce(loss_sum) / n_targets
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    # found_inf=1 makes fused AdamW skip the update without a host sync.
+    optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "grad_norm": grad_norm}
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make dropout a pure function of (seed, step, rank), so that a resumed run draws the same masks."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)
+
+
+@torch.no_grad()
+def validate(model: nn.Module, batches: Iterable[Batch], procs: Processes) -> float:
+    """Return the exact mean loss per target over a fixed set of rows, for any number of processes."""
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of targets
+    with eval_mode(model):
+        for batch in batches:
+            batch = batch.to(procs.device)
+            with procs.autocast():
+                loss = model(batch.tokens, batch.targets, batch.positions)
+            n_targets = (batch.targets != IGNORE_INDEX).sum()
+            total += torch.tensor([loss.item(), n_targets.item()], dtype=torch.float64)
+    loss_sum, n_targets = procs.all_reduce(total.to(procs.device) if procs.world_size > 1 else total).tolist()
+    return loss_sum / n_targets
+
+
+def get_batch_size(batch_tokens: int, micro_batch_size: int | None, block_size: int, world_size: int) -> int:
+    """Return the rows of the global batch. Raises `UserError` if they do not divide into micro-batches."""
+    unit = (micro_batch_size or 1) * block_size * world_size
+    nearest = max(unit, round(batch_tokens / unit) * unit)
+    rows = f"--micro_batch_size {micro_batch_size} x " if micro_batch_size else ""
+    if batch_tokens <= 0 or batch_tokens % unit:
+        raise UserError(
+            f"--batch_tokens {batch_tokens} is not a multiple of {unit} ({rows}context {block_size} x {world_size}"
+            f" processes): use --batch_tokens {nearest}"
+        )
+    return batch_tokens // block_size
+
+
+def choose_micro_batch_size(
+    config: TrainConfig,
+    saved_flags: dict,
+    model: GPT,
+    data: Dataset,
+    optimizer: Optimizer,
+    procs: Processes,
+) -> int:
+    """Return --micro_batch_size or its default.
+
+    The default is the size of the resumed run, if it still divides the batch. Else, on a GPU, it is the largest power
+    of two that fits in memory; on a CPU about 4,096 tokens, above which it is not faster.
+    """
+    batch_size, saved = config.batch_tokens // data.block_size, saved_flags.get("micro_batch_size")
+    if config.micro_batch_size:
+        return config.micro_batch_size
+    if saved and batch_size % (saved * procs.world_size) == 0:
+        return saved
+    sizes = [2**i for i in range(12) if batch_size // procs.world_size % 2**i == 0]
+    if procs.device.type != "cuda":
+        return max(size for size in sizes if size * data.block_size <= max(4096, data.block_size))
+    return find_max_micro_batch_size(model, data, optimizer, sizes, procs)
+
+
+def find_max_micro_batch_size(
+    model: GPT, data: Dataset, optimizer: Optimizer, sizes: Sequence[int], procs: Processes
+) -> int:
+    """Return the largest of increasing sizes whose forward and backward pass fits in every process's GPU memory.
+
+    Weights and gradients stay unchanged. Raises `UserError` if no size fits.
+    """
+    batch, reserved, largest = None, None, 0
+    for size in sizes:
+        try:
+            torch.accelerator.empty_cache()  # memory cached for smaller sizes cannot be reused
+            if reserved is None and not optimizer.state:  # AdamW allocates two values per weight in the first step
+                reserved = torch.empty(2, model.config.num_parameters, device=procs.device)
+            batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
+            with procs.autocast():
+                loss = model(batch.tokens, batch.targets, batch.positions)
+            loss.backward()
+            fits = procs.peak_memory() < 0.92
+        except torch.OutOfMemoryError:
+            fits = False
+        loss = None  # frees the saved activations
+        model.zero_grad(set_to_none=True)
+        if procs.all_reduce(torch.tensor(int(not fits), device=procs.device)):
+            break
+        largest = size
+    del reserved, batch
+    gc.collect()
+    torch.accelerator.empty_cache()
+    procs.peak_memory()  # resets the peak
+    if largest == 0:
+        raise UserError("not even one row fits in the GPU's memory: choose a smaller model")
+    return largest
+
+
+def print_model_and_batch(config: TrainConfig, name: str, model: GPT, procs: Processes, batch_size: int) -> None:
+    """Print the model and the batch arithmetic before the first step."""
+    block_size = model.config.block_size
+    precision = str(procs.dtype).removeprefix("torch.")
+    micro_batches = batch_size // (config.micro_batch_size * procs.world_size)
+    print(
+        f"model      {name}: {model.config.num_parameters:,} parameters, context {block_size}, {precision} on"
+        f" {procs.device.type}{', compiled' if config.compile else ''}"
+    )
+    print(
+        f"batch      {config.batch_tokens:,} tokens per step = {config.micro_batch_size} rows x {block_size} tokens x"
+        f" {procs.world_size} processes x {micro_batches} micro-batches"
+    )

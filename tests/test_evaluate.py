@@ -1,0 +1,107 @@
+"""evaluate.py as a real process: exact losses, bits per byte, any number of processes, lower precision, errors."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import read_log, start
+from test_hellaswag import SINGLE, write_examples
+
+import evaluate
+from evaluate import count_bytes, evaluate_dataset
+from minigpt.cli import UserError
+from minigpt.dataset import ChatDataset, TokenDataset
+from minigpt.pretrained import load_pretrained
+from model import IGNORE_INDEX
+
+
+@pytest.fixture(scope="module")
+def examples_file(tmp_path_factory) -> Path:
+    return write_examples(tmp_path_factory.mktemp("hellaswag") / "validation.jsonl")
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text(pretrained, text_data):
+    model = load_pretrained(str(pretrained)).model
+    data = TokenDataset(text_data, 64)
+    result = evaluate_dataset(model, data, SINGLE, micro_batch_size=3)
+    tokens = data.window("val", 1, result["tokens"]).tolist()
+    n_bytes = sum(token != 256 for token in tokens)
+    assert result["tokens"] == data.n_rows["val"] * 64 and n_bytes < len(tokens)
+    assert result["bits_per_byte"] == pytest.approx(result["val_loss"] * len(tokens) / math.log(2) / n_bytes)
+    last = [row["val_loss"] for row in read_log(pretrained) if "val_loss" in row][-1]
+    assert result["val_loss"] == pytest.approx(last, rel=1e-6)
+    part = evaluate_dataset(model, data, SINGLE, micro_batch_size=3, max_tokens=130)
+    assert part["tokens"] == 128 and part["val_loss"] != result["val_loss"]
+
+
+def test_bytes_of_gpt2_tokens_are_those_of_the_text(gpt2_tokenizer, tmp_path):
+    texts = [f"Naïve café no. {i}: 東京 🙂\n\n" * 20 for i in range(40)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ("--files", "t.jsonl", "--val_fraction", 0.3, "--out", "data")
+    start("prepare_fineweb.py", *flags, cwd=tmp_path)
+    data = TokenDataset(tmp_path / "data", 8)
+    tokens = data.window("val", 1, 8 * data.n_rows["val"])
+    expected = b"".join(gpt2_tokenizer.token_bytes(int(t)) for t in tokens if t != gpt2_tokenizer.end_of_text)
+    assert count_bytes(data, len(tokens)) == len(expected) > 1000
+
+
+def test_chat_loss_is_over_the_assistants_tokens(finetuned, chat_data, run_script, tmp_path):
+    model, data = load_pretrained(str(finetuned)).model, ChatDataset(chat_data, 64)
+    result = evaluate_dataset(model, data, SINGLE, micro_batch_size=2)
+    batch = data.batch("val", range(data.n_rows["val"]))
+    assert result["tokens"] == (batch.targets != IGNORE_INDEX).sum()
+    expected = model.eval()(batch.tokens, batch.targets, batch.positions).item() / result["tokens"]
+    assert result["val_loss"] == pytest.approx(expected, rel=1e-5)
+    done = run_script("evaluate.py", "--checkpoint", finetuned, "--data", chat_data, "--no_hellaswag")
+    assert f"loss {result['val_loss']:.4f} nats per token" in done.stdout
+    assert f"{result['tokens']:,} tokens" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"), [(("--quantize", "int8"), "int8"), (("--dtype", "bfloat16"), "bfloat16")]
+)
+def test_loss_in_lower_precision_is_close_to_float32(pretrained, text_data, run_script, tmp_path, flags, precision):
+    args = ("--checkpoint", pretrained, "--data", text_data, "--no_hellaswag", "--json", "figures.jsonl")
+    run_script("evaluate.py", *args)
+    done = run_script("evaluate.py", *args, *flags)
+    assert f"parameters, {precision}\n" in done.stdout
+    plain, lower = map(json.loads, (tmp_path / "figures.jsonl").read_text().splitlines())
+    assert (plain["dtype"], lower["dtype"]) == ("float32", precision)
+    expected, loss = (figures["data"][str(text_data)]["val_loss"] for figures in (plain, lower))
+    assert abs(loss - expected) < 0.05 and loss != expected
+
+
+def test_any_number_of_processes_gives_the_same_figures(pretrained, examples_file, text_data, tmp_path):
+    flags = ("--checkpoint", pretrained, "--hellaswag_files", examples_file, "--data", text_data)
+    for n in (1, 2):
+        done = start("evaluate.py", *flags, "--json", f"{n}.jsonl", cwd=tmp_path, processes=n)
+        assert "HellaSwag, 50 examples" in done.stdout and "chance" in done.stdout
+    one, two = (json.loads((tmp_path / f"{n}.jsonl").read_text()) for n in (1, 2))
+    assert {k: v for k, v in one.items() if k != "data"} == {k: v for k, v in two.items() if k != "data"}
+    assert one["data"][str(text_data)] == pytest.approx(two["data"][str(text_data)], rel=1e-6)
+
+
+def test_default_folders_that_do_not_fit_are_skipped(run_script, fails, finetuned, text_data, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "fineweb_edu").symlink_to(text_data)
+    (tmp_path / "data" / "dolly").mkdir()  # incomplete: it has no meta.json
+    flags = ("--checkpoint", finetuned, "--no_hellaswag")
+    done = run_script("evaluate.py", *flags)
+    assert "text in data/fineweb_edu" in done.stdout and "skipped: data/dolly is incomplete" in done.stderr
+    assert "data/dolly is incomplete" in fails("evaluate.py", *flags, "--data", "data/dolly")
+
+
+def test_mistakes_are_one_line(fails, pretrained, chat_data, examples_file):
+    def check_error(message: str, **flags: object) -> None:
+        with pytest.raises(UserError, match=message):
+            evaluate.main(evaluate.Config(str(pretrained), **flags))
+
+    check_error("--max_examples is 0: it must be at least 1", max_examples=0)
+    check_error("nothing to evaluate", hellaswag=False)
+    check_error("--no_hellaswag cannot be combined with", hellaswag=False, hellaswag_files=(str(examples_file),))
+    check_error("holds conversations, and .* is not a chat model", hellaswag=False, data=(str(chat_data),))
+    check_error("nowhere: no such dataset folder", hellaswag=False, data=("nowhere",))
+    check_error(r"--hellaswag_files nowhere\.jsonl: no such file", hellaswag_files=("nowhere.jsonl",))
+    for path, message in {"nowhere/x.jsonl": "No such file or directory", ".": "Is a directory"}.items():
+        assert f"{path}: {message}" in fails("evaluate.py", "--checkpoint", pretrained, "--json", path)

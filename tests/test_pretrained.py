@@ -1,0 +1,366 @@
+"""Models from every source: runs, checkpoints, Hugging Face folders and hub ids; corrupt files are rejected."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_checkpoint import error_message, failing, save_checkpoint, tiny_model, truncate
+from test_model import SMALL, assert_close, random_tokens, small_model
+
+from minigpt.cli import UserError
+from minigpt.pretrained import PretrainedModel, check_hf_tokenizer, load_hf, load_pretrained, save_hf
+from minigpt.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
+from model import GPT, GPTConfig
+
+# ---- load_pretrained: any source -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "name"
+
+
+@pytest.fixture
+def two_checkpoints(run, tmp_path, monkeypatch) -> Path:
+    """Return a run whose older checkpoint is better. The working directory contains `runs`."""
+    save_checkpoint(run / "step_000001", tiny_model(1), val_loss=2.0)
+    save_checkpoint(run / "step_000002", tiny_model(2), val_loss=3.0)
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("source", "seed"),
+    [
+        ("runs/name", 1),
+        ("runs/name/", 1),
+        ("./runs/name", 1),
+        ("runs/name/step_000001", 1),
+        ("runs/name/step_000002", 2),
+    ],
+)
+def test_runs_and_checkpoints_load(two_checkpoints, source, seed):
+    loaded = load_pretrained(source)
+    assert torch.equal(loaded.model.wpe.weight, tiny_model(seed).wpe.weight)
+    assert loaded.source == f"runs/name/step_00000{seed}"
+    assert loaded.tokenizer is load_tokenizer("bytes") and not loaded.is_chat
+
+
+def test_bare_name_of_a_folder_loads(two_checkpoints, tmp_path):
+    two_checkpoints.rename(tmp_path / "elsewhere")
+    assert load_pretrained("elsewhere").source == "elsewhere/step_000001"
+
+
+def test_chat_model_is_detected_by_its_vocabulary(run):
+    save_checkpoint(run / "step_000001", tiny_model(vocab_size=257 + 4))
+    assert load_pretrained(str(run)).is_chat
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({}, "has a vocabulary of 99 tokens; bytes has 257, or 261 with chat tokens"),
+        ({"tokenizer": "morse"}, "no tokenizer 'morse'"),
+    ],
+)
+def test_tokenizer_of_another_size_is_rejected(run, meta, message):
+    save_checkpoint(run / "step_000001", tiny_model(vocab_size=99), **meta)
+    assert message in error_message(load_pretrained, str(run))
+
+
+@pytest.mark.parametrize(
+    "source", ["runs/none", "./none", "/none", "../none", "runs/empty", "empty", "a/b/none", "runs/name/step_9"]
+)
+def test_missing_path_is_rejected_without_a_hub_request(two_checkpoints, monkeypatch, source):
+    for folder in ("empty", "runs/empty"):
+        Path(folder).mkdir()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing(None, AssertionError("hub request"), 1))
+    assert f"{source}: no checkpoint found" in error_message(load_pretrained, source)
+
+
+@pytest.mark.parametrize("source", ["someone/model", "name"])
+def test_other_names_are_looked_up_on_the_hub(two_checkpoints, monkeypatch, source):
+    """A bare name is never a run in runs/: runs are given as paths."""
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing(None, ConnectionError("no route"), 1))
+    message = error_message(load_pretrained, source)
+    assert f"{source} is neither a folder nor a model on the hub: no route" in message
+
+
+def test_default_is_runs_dolly_if_it_exists_else_runs_gpt2(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "runs/gpt2: no checkpoint found" in error_message(load_pretrained, None)
+    for run in ("runs/gpt2", "runs/dolly"):
+        save_checkpoint(Path(run, "step_000001"))
+        assert load_pretrained(None).source == f"{run}/step_000001"
+
+
+def test_hugging_face_folder_loads(tmp_path, gpt2_tokenizer):
+    model = tiny_model(vocab_size=50_257)
+    save_hf(model, tmp_path / "hf")
+    loaded = load_pretrained(str(tmp_path / "hf"))
+    assert loaded.tokenizer is gpt2_tokenizer and not loaded.is_chat and loaded.source == str(tmp_path / "hf")
+    assert torch.equal(loaded.model.wte.weight[:50_257], model.wte.weight[:50_257])
+
+
+def test_hugging_face_folder_of_another_vocabulary_is_rejected(tmp_path, gpt2_tokenizer):
+    save_hf(tiny_model(vocab_size=99), tmp_path / "hf")
+    message = error_message(load_pretrained, str(tmp_path / "hf"))
+    assert "has a vocabulary of 99 tokens; gpt2 has 50257, or 50261 with chat tokens" in message
+
+
+def test_corrupt_hugging_face_folder_is_rejected(tmp_path):
+    save_hf(tiny_model(), tmp_path / "hf")
+    truncate(tmp_path / "hf" / "model.safetensors")
+    assert "model.safetensors is corrupt" in error_message(load_pretrained, str(tmp_path / "hf"))
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert "has no model.safetensors" in error_message(load_pretrained, str(tmp_path / "hf"))
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, **changes: int | None) -> None:
+    """Write a tokenizer.json of printable and chat tokens. `changes` replaces ids; None removes a token."""
+    tokens = ((tokenizer.token_bytes(token), token) for token in range(tokenizer.end_of_text))
+    vocab = {text.decode(): token for text, token in tokens if text.isascii() and text.decode().isprintable()}
+    vocab |= {token: tokenizer.vocab_size + i for i, token in enumerate(CHAT_TOKENS)} | changes
+    vocab = {text: token for text, token in vocab.items() if token is not None}
+    added = [{"content": text, "id": token} for text, token in vocab.items() if text in CHAT_TOKENS]
+    text_vocab = {text: token for text, token in vocab.items() if text not in CHAT_TOKENS}
+    content = {"model": {"vocab": text_vocab}, "added_tokens": added}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"a": 98, "b": 97}, "has other tokens than bytes"),
+        ({"a": None}, "has other tokens than bytes"),
+        ({"<|end|>": None}, "has another chat format: it lacks <|system|>, <|user|>, <|assistant|>, <|end|>"),
+        ({"<|end|>": 999}, "has another chat format"),
+    ],
+)
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_tokenizer_of_a_hugging_face_folder_is_compared(tmp_path, changes, message, is_chat):
+    """The chat tokens are compared for a chat model only."""
+    tokenizer = load_tokenizer("bytes")
+    loaded = load_pretrained(str(make_model(tmp_path / "run", tokenizer, chat=is_chat)))
+    save_hf(loaded.model, tmp_path / "hf")
+    loaded = load_pretrained(str(tmp_path / "hf"))  # without tokenizer.json nothing is compared
+    assert loaded.is_chat == is_chat
+    write_tokenizer(tmp_path / "hf", tokenizer, **changes)
+    if message is None or ("chat" in message and not is_chat):
+        check_hf_tokenizer(loaded)
+        assert load_pretrained(str(tmp_path / "hf")).is_chat == is_chat
+    else:
+        assert message in error_message(check_hf_tokenizer, loaded)
+        assert message in error_message(load_pretrained, str(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"vocab": {}}, "added_tokens": [1]}'])
+def test_corrupt_tokenizer_file_is_rejected(tmp_path, text):
+    save_hf(tiny_model(), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    loaded = PretrainedModel(tiny_model(), load_tokenizer("bytes"), False, str(tmp_path), [])
+    assert "tokenizer.json is corrupt" in error_message(check_hf_tokenizer, loaded)
+
+
+# ---- load_hf and save_hf ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [37, 48])
+@torch.no_grad()
+def test_transformers_loads_saved_folder(tmp_path, vocab_size):
+    transformers = pytest.importorskip("transformers")
+    ours = small_model(vocab_size=vocab_size, dropout=0.25)
+    folder = tmp_path / "new" / "folder"
+    save_hf(ours, folder)
+    theirs, loading = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    tokens = random_tokens(2, 16)
+    assert_close(theirs(tokens).logits, ours(tokens), 1e-4)
+    assert theirs.config.vocab_size == vocab_size
+    assert theirs.config.attn_pdrop == theirs.config.embd_pdrop == theirs.config.resid_pdrop == 0.25
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == vocab_size - 1
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # required by older versions of transformers
+
+
+def test_saved_model_loads_unchanged(tmp_path):
+    ours = small_model()
+    save_hf(ours, tmp_path)
+    again = load_hf(tmp_path).eval()
+    assert (again.config.block_size, again.config.vocab_size, again.config.n_head) == (16, 37, 2)
+    for name, weight in ours.state_dict().items():
+        own = SMALL.vocab_size if name == "wte.weight" else len(weight)
+        assert torch.equal(again.state_dict()[name][:own], weight[:own]), name
+    assert len(load_file(tmp_path / "model.safetensors")["transformer.wte.weight"]) == SMALL.vocab_size
+    assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+@pytest.fixture
+def hf_folder(tmp_path) -> Path:
+    """Return a Hugging Face folder of the small model."""
+    save_hf(small_model(), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def change_weights(folder: Path, change) -> None:
+    """Replace a folder's weights with `change(weights)`."""
+    weights = {name: weight.clone() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(change(weights), folder / "model.safetensors")
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Change values in config.json; the value "absent" removes one."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_prefix(weights: dict) -> dict:
+    return {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+
+
+def with_buffers(weights: dict) -> dict:
+    """Add what old files contain: the causal mask of a layer, and the tied output layer once more."""
+    extras = {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    return weights | extras | {"lm_head.weight": without_prefix(weights)["wte.weight"].clone()}
+
+
+def half_precision(weights: dict) -> dict:
+    return {name: weight.half() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        (without_prefix, 0),
+        (with_buffers, 0),
+        (lambda weights: with_buffers(without_prefix(weights)), 0),
+        (half_precision, 0.05),
+    ],
+    ids=["no prefix", "buffers", "no prefix, buffers", "float16"],
+)
+def test_other_weight_formats_load(hf_folder, change, tolerance):
+    change_weights(hf_folder, change)
+    loaded = load_hf(hf_folder).eval()
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert_close(loaded(random_tokens(1, 8)), small_model()(random_tokens(1, 8)), tolerance)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "relu"}, "activation_function is 'relu'"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"n_inner": 24}, "n_inner is 24"),
+        ({"n_embd": "absent"}, "n_embd"),
+        ({"vocab_size": "absent"}, "vocab_size"),
+        ({"n_head": 3}, "n_embd is 8: expected a multiple of n_head, which is 3"),
+        ({"n_layer": "two"}, "n_layer is 'two'"),
+    ],
+)
+def test_config_of_another_architecture_is_rejected(hf_folder, changes, message):
+    change_config(hf_folder, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_hf(hf_folder)
+    assert str(hf_folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "null", "\x00\xff"])
+def test_malformed_config_is_rejected(hf_folder, text):
+    (hf_folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="is not a readable GPT-2"):
+        load_hf(hf_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "message"),
+    [
+        ("h.1.mlp.c_fc.weight", None, "has no h.1.mlp.c_fc.weight"),
+        ("wpe.weight", None, "has no wpe.weight"),
+        ("wte.weight", torch.ones(48, 8), r"wte.weight .* has shape \(48, 8\), expected \(37, 8\)"),
+        ("wpe.weight", torch.ones(15, 8), r"wpe.weight .* has shape \(15, 8\), expected \(16, 8\)"),
+        ("h.0.attn.c_attn.weight", torch.ones(24, 8), r"c_attn.weight .* has shape \(8, 24\), expected \(24, 8\)"),
+    ],
+)
+def test_missing_weights_and_wrong_shapes_are_rejected(hf_folder, name, weight, message):
+    name = f"transformer.{name}"
+    change_weights(hf_folder, lambda weights: {k: w for k, w in weights.items() if k != name})
+    if weight is not None:
+        change_weights(hf_folder, lambda weights: weights | {name: weight})
+    with pytest.raises(UserError, match=message):
+        load_hf(hf_folder)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_truncated_weights_are_rejected(hf_folder, length):
+    file = hf_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"model\.safetensors is (corrupt|too small)"):
+        load_hf(hf_folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_folder_with_a_missing_file_is_rejected(hf_folder, name):
+    (hf_folder / name).unlink()
+    with pytest.raises(UserError, match=f"has no {name}"):
+        load_hf(hf_folder)
+
+
+class Exploit:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickled_weights_are_never_opened(hf_folder):
+    (hf_folder / "model.safetensors").unlink()
+    (hf_folder / "pytorch_model.bin").write_bytes(pickle.dumps(Exploit(hf_folder / "exploited")))
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        load_hf(hf_folder)
+    assert not (hf_folder / "exploited").exists()
+
+
+def test_hub_id_is_downloaded(hf_folder, monkeypatch):
+    downloaded = []
+
+    def download(repository: str, name: str) -> str:
+        downloaded.append((repository, name))
+        return str(hf_folder / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    model = load_hf("someone/gpt2-small")
+    assert torch.equal(model.wpe.weight, small_model().wpe.weight)
+    assert downloaded == [("someone/gpt2-small", "config.json"), ("someone/gpt2-small", "model.safetensors")]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto the hub"), OSError("no such model")])
+def test_unavailable_hub_id_is_rejected(monkeypatch, error):
+    def download(*_):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    message = error_message(load_hf, "nobody/nothing")  # one line
+    assert "nobody/nothing is neither a folder nor a model on the hub: no" in message
+
+
+@pytest.mark.parametrize("size", [{"n_layer": 10**9}, {"n_embd": 10**9, "n_head": 1}, {"n_positions": 10**12}])
+def test_impossible_sizes_are_rejected_before_memory_is_allocated(tmp_path, size):
+    save_hf(GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4)), tmp_path)
+    change_config(tmp_path, **size)
+    with pytest.raises(UserError, match="too small for the model"):
+        load_hf(tmp_path)

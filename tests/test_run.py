@@ -1,0 +1,131 @@
+"""A run folder: what can be resumed, what is rejected, and which log rows are kept."""
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import finetune
+import pretrain
+from minigpt import checkpoint, run
+from minigpt.cli import UserError, resumable
+from minigpt.distributed import Processes
+from minigpt.metrics import MetricsLogger
+from minigpt.optim import build_optimizer
+from minigpt.run import Run
+from model import GPT, GPTConfig
+
+SINGLE = Processes(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
+DATA = SimpleNamespace(fingerprint="abc", tokenizer=SimpleNamespace(name="bytes"), meta={"source": {"files": []}})
+MODEL = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)
+
+
+@dataclass(frozen=True)
+class Flags:
+    out: str = resumable()
+    lr: float = 1e-3
+    keep: int = resumable(2)
+    val_every: int = resumable(5)
+    max_minutes: float | None = resumable(None)
+    report_to: tuple = resumable(())
+
+
+@pytest.fixture(autouse=True)
+def many_runs_in_one_process(monkeypatch) -> Iterator[None]:
+    """Undo what a run does for the lifetime of its process: it locks the folder and handles signals."""
+    monkeypatch.setattr(run, "lock_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def flags(tmp_path) -> Flags:
+    return Flags(str(tmp_path / "run"))
+
+
+def open_run(flags: Flags, model_config: GPTConfig = MODEL, data=DATA) -> tuple[Run, GPT, torch.optim.Optimizer, int]:
+    """Open a run as the training scripts do; return it with model, optimiser and completed steps."""
+    run, model = Run(flags, data, SINGLE), GPT(model_config)
+    optimizer = build_optimizer(model, 1e-3, 0.1)
+    return run, model, optimizer, run.resume(model, optimizer)
+
+
+def test_new_run_starts_at_step_zero_and_resumes_from_the_newest_checkpoint(flags):
+    run, model, optimizer, step = open_run(flags)
+    assert step == 0
+    run.save(3, model, optimizer, {"val_loss": 2.0})
+    run.save(6, model, optimizer, {"val_loss": 1.0})
+    _, resumed, _, step = open_run(flags)
+    assert step == 6
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_flags_that_define_the_run_cannot_change(flags):
+    run, model, optimizer, _ = open_run(flags)
+    run.save(3, model, optimizer, {})
+    assert open_run(replace(flags, val_every=7, keep=9))[3] == 3
+    with pytest.raises(UserError, match=r"holds a different run: lr was 0\.001 and is now 0\.002;"):
+        open_run(replace(flags, lr=2e-3))
+    with pytest.raises(UserError, match="data was abc and is now xyz"):
+        open_run(flags, data=SimpleNamespace(**vars(DATA) | {"fingerprint": "xyz"}))
+    with pytest.raises(UserError, match="n_head was 1 and is now 2"):
+        open_run(flags, replace(MODEL, n_head=2))
+
+
+def test_flags_that_do_not_change_the_result_are_resumable():
+    shared = {"out", "data", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes", "report_to"}
+    shared |= {"device", "dtype", "compile", "deterministic"}
+    pretraining = {"dry_run", "gpu_dollars_per_hour", "hellaswag_every", "hellaswag_files", "sample_every"}
+    for script, expected in ((pretrain, shared | pretraining | {"sample_prompts"}), (finetune, shared)):
+        found = {field.name for field in fields(script.Config) if "resumable" in field.metadata}
+        assert found == expected
+
+
+def test_folder_with_other_files_is_not_changed(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="already exists and is not a run"):
+        open_run(flags)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_run_without_checkpoint_starts_again(flags, tmp_path):
+    for name in ("tensorboard", "wandb"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 0}\n')
+    assert open_run(flags)[3] == 0
+
+
+@pytest.mark.parametrize(("saved", "kept"), [(3, [0, 1, 2, 3]), (None, [])])
+def test_log_rows_after_the_checkpoint_are_dropped(flags, saved, kept):
+    """Those steps will be logged again. A row truncated by a crash is dropped too."""
+    run, model, optimizer, _ = open_run(flags)
+    if saved is not None:
+        run.save(saved, model, optimizer, {})
+    run.log_file.write_text("".join(f'{{"step": {step}}}\n' for step in range(6)) + '{"step": 2, "lo')
+    open_run(flags)
+    assert [json.loads(line)["step"] for line in run.log_file.read_text().splitlines()] == kept
+
+
+def test_only_the_first_process_writes(flags):
+    run, model, optimizer, _ = open_run(flags)
+    run.procs, run.config = replace(SINGLE, rank=1), replace(flags, report_to=("tensorboard",))
+    MetricsLogger(run, model, 0, 1, 16).log_validation(0, 1.0)
+    run.save(1, model, optimizer, {})
+    assert not run.log_file.exists() and not checkpoint.list_checkpoints(run.folder)
+    assert not (run.folder / "tensorboard").exists()
+
+
+def test_resumed_run_keeps_its_history(flags):
+    """A resumed finetuning loads its own checkpoint, whose history includes this training already."""
+    _, model, optimizer, _ = open_run(flags)
+    history = [{"source": "gpt2"}]
+    Run(flags, DATA, SINGLE, history).save(3, model, optimizer, {})
+    assert Run(flags, DATA, SINGLE, [*history, {"source": "itself"}]).history == history

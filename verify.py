@@ -1,0 +1,98 @@
+"""Verify runs, checkpoints and dataset folders: compare every file with its checksum.
+
+    python verify.py                                                # all runs in runs/
+    python verify.py runs/gpt2 data/fineweb_edu                     # one run and one dataset folder
+    python verify.py runs/gpt2/step_001000
+
+Prints one line per checkpoint or dataset. The time is that of reading all files once.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from minigpt import checkpoint, cli
+from minigpt.cli import Progress, UserError
+from minigpt.files import sha256
+from minigpt.shards import SPLITS, open_arrays, read_meta
+
+
+@dataclass(frozen=True)
+class Config:
+    paths: tyro.conf.Positional[tuple[str, ...]] = ("runs",)
+    """Runs, folders of runs, checkpoints, dataset folders."""
+
+
+def main(config: Config) -> None:
+    folders = [found for path in config.paths for found in find_folders(Path(path))]
+    runs = {folder.parent for folder in folders}
+    best = {checkpoint.find_best(run) for run in runs if checkpoint.list_checkpoints(run)}
+    n_files = {folder: sum(1 for _ in folder.iterdir()) for folder in folders}
+    progress = Progress(sum(n_files.values()), "file", enabled=sys.stderr.isatty())  # elsewhere the table is enough
+    print_line = progress.print if progress.enabled else print
+    width = max(len(str(folder)) for folder in folders)
+    print_line(f"{'folder':<{width}}  validation loss          size  saved             state")
+    n_corrupt = n_done = 0
+    for folder in n_files:
+        try:
+            if is_checkpoint(folder):
+                checkpoint.verify(folder)
+            else:
+                verify_dataset(folder, progress)
+            state = "whole"
+        except UserError as error:
+            state = str(error).removeprefix(str(folder)).strip(" /").removeprefix("is ")
+            n_corrupt += 1
+        print_line(f"{folder!s:<{width}}  {format_figures(folder)}  {'best, ' * (folder in best)}{state}")
+        n_done += n_files[folder]
+        progress.update(n_done - progress.done)
+    progress.close()
+    if n_corrupt:
+        raise UserError(f"{n_corrupt} of {len(folders)} are corrupt: delete them; training skips such checkpoints")
+
+
+def find_folders(path: Path) -> list[Path]:
+    """Return the checkpoints and dataset folders of a path. Raises `UserError` if there are none."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run, a folder of runs, a checkpoint or a dataset folder")
+    if is_checkpoint(path) or (path / "meta.json").exists():
+        return [path]
+    found = checkpoint.list_checkpoints(path)
+    found = found or [step for run in sorted(path.iterdir()) for step in checkpoint.list_checkpoints(run)]
+    if not found:
+        raise UserError(f"{path} holds no checkpoints and no meta.json: there are no checksums to compare")
+    return found
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return folder.name.startswith("step_") or (folder / "train_state.safetensors").is_file()
+
+
+def verify_dataset(folder: Path, progress: Progress) -> None:
+    """Compare every file of a dataset folder with its length and checksum. Raises `UserError` if one is corrupt."""
+    meta = read_meta(folder)
+    open_arrays(folder, meta)
+    for entry in [entry for split in SPLITS for entry in meta[split]["files"]]:
+        if sha256(folder / entry["file"]) != entry.get("sha256"):
+            raise UserError(
+                f"{folder / entry['file']} is corrupt: its checksum is wrong; delete {folder} and prepare it again"
+            )
+        progress.update(1)
+
+
+def format_figures(folder: Path) -> str:
+    """Return the columns validation loss, size and date."""
+    val_loss = checkpoint.read_val_loss(folder) if is_checkpoint(folder) else math.inf
+    loss = f"{val_loss:.4f}" if val_loss < math.inf else "-"
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    meta = folder / "meta.json"
+    saved = time.strftime("%Y-%m-%d %H:%M", time.localtime((meta if meta.exists() else folder).stat().st_mtime))
+    return f"{loss:>15}  {size:>9,.1f} MB  {saved}"
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)
