@@ -20,7 +20,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-# The same scripts as on GPUs, at sizes for a CPU.  A second run resumes, or uses what exists.
+# The same scripts as on GPUs, at sizes for a CPU.  Running it again resumes, or reuses complete outputs.
 demo: $(VENV)/installed
 	$(PY) prepare_sample.py --out data/sample
 	$(PY) prepare_fineweb.py --files data/sample/text.jsonl --tokenizer bytes --val_fraction 0.05 --out data/demo

@@ -88,8 +88,7 @@ def main(config: Config) -> None:
 def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     for name in ("max_tokens", "max_examples", "micro_batch_size"):
-        if getattr(config, name) is not None:
-            cli.check_range(name, getattr(config, name), 1)
+        cli.check_range(name, getattr(config, name), 1)
     if not config.hellaswag and (config.hellaswag_files or config.max_examples):
         raise UserError("--no_hellaswag cannot be combined with --hellaswag_files or --max_examples")
     if config.json is not None:
@@ -116,11 +115,11 @@ def open_dataset(folder: str, loaded: PretrainedModel) -> Dataset:
     """Open a dataset folder of either kind. Raises `UserError` if it does not fit the model."""
     is_chat = read_meta(Path(folder))["kind"] == "chat"
     if is_chat and not loaded.is_chat:
-        raise UserError(f"--data {folder} holds conversations, and {loaded.source} is not a chat model")
+        raise UserError(f"{folder} holds conversations, and {loaded.source} is not a chat model")
     data = (ChatDataset if is_chat else TokenDataset)(folder, loaded.model.config.block_size)
     if loaded.tokenizer.name != data.tokenizer.name:
         raise UserError(
-            f"--data {folder} has {data.tokenizer.name} tokens, {loaded.source} has {loaded.tokenizer.name} tokens"
+            f"{folder} has {data.tokenizer.name} tokens, {loaded.source} has {loaded.tokenizer.name} tokens"
         )
     return data
 

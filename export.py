@@ -55,7 +55,7 @@ def check_out(out: Path) -> None:
     if str(out) == ".":
         raise UserError("--out is empty: name a folder to create")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already: delete it or choose another folder")
+        raise UserError(f"--out {out} already exists: delete it or choose another folder")
 
 
 def write_files(folder: Path, loaded: PretrainedModel) -> None:
@@ -196,7 +196,7 @@ def model_card(loaded: PretrainedModel) -> str:
         "## Training\n",
         *map(format_training, loaded.history),
         "## Limits and licences\n",
-        "A small model: it says what is likely, not what is true. It was not tested for safety or bias.\n",
+        "The model is small and often wrong. It has not been tested for safety or bias.\n",
         *(f"{LICENSES[dataset]}\n" for dataset in dict.fromkeys(datasets) if dataset in LICENSES),
     ]
     return "\n".join(lines)
@@ -208,8 +208,8 @@ print(generate(messages)[0]["generated_text"][-1]["content"])"""
 TEXT_USAGE = 'print(generate("Once upon a time")[0]["generated_text"])'
 
 LICENSES = {  # hub dataset -> what its licence requires
-    "HuggingFaceFW/fineweb-edu": "FineWeb-Edu is under ODC-By 1.0: name it where you publish what is made of it.",
-    "databricks/databricks-dolly-15k": "databricks-dolly-15k is under CC BY-SA 3.0: name it, and share alike.",
+    "HuggingFaceFW/fineweb-edu": "FineWeb-Edu is under ODC-By 1.0: attribute it in published derivatives.",
+    "databricks/databricks-dolly-15k": "databricks-dolly-15k is under CC BY-SA 3.0: attribute it and share alike.",
 }
 
 
@@ -222,7 +222,7 @@ def hub_datasets(source: Any) -> list[str]:
 
 
 def format_training(training: dict) -> str:
-    """Format one training as a sentence and a table of results and hyperparameters."""
+    """Format one training run as a sentence and a table of results and hyperparameters."""
     config = training.get("config")
     if not config:
         return f"Weights from {format_source(training['source'])}.\n"

@@ -109,10 +109,9 @@ def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     training.check_train_config(config)
     cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
-    if config.steps is not None:
-        cli.check_range("steps", config.steps, 1)
-        if config.epochs != Config.epochs:
-            raise UserError("--epochs and --steps cannot be combined: give one of them")
+    cli.check_range("steps", config.steps, 1)
+    if config.steps and config.epochs != Config.epochs:
+        raise UserError("--epochs and --steps cannot be combined: give one of them")
 
 
 def check_tokenizer(config: Config, initial: PretrainedModel, data: ChatDataset) -> None:
@@ -128,7 +127,7 @@ def check_tokenizer(config: Config, initial: PretrainedModel, data: ChatDataset)
 def add_chat_tokens(model: GPT, vocab_size: int, dropout: float) -> GPT:
     """Return the model with a larger vocabulary (in the padding if it fits) and another dropout.
 
-    New tokens start as the mean of all others, which is more neutral than random vectors.
+    New tokens start with the mean embedding of all others.
     """
     old = model.config
     assert vocab_size >= old.vocab_size

@@ -63,13 +63,12 @@ def check_config(config: Config) -> None:
     """Check the flags before torch is imported. Raises `UserError`."""
     if not config.chat and config.prompt is None:
         raise UserError("nothing to do: give a --prompt, or --chat for a conversation")
-    excluded = {"prompt": config.prompt is not None, "num_samples": config.num_samples > 1, "raw": config.raw}
-    for name, given in excluded.items():
+    conflicts = {"prompt": config.prompt is not None, "num_samples": config.num_samples > 1, "raw": config.raw}
+    for name, given in conflicts.items():
         if config.chat and given:
             raise UserError(f"--chat and --{name} cannot be combined: give one of them")
     cli.check_range("num_samples", config.num_samples, 1)
-    if config.seed is not None:
-        cli.check_range("seed", config.seed, 0, 2**63 - 1)
+    cli.check_range("seed", config.seed, 0, 2**63 - 1)
 
 
 def continue_text(printer: TextPrinter, text: str, n_samples: int) -> None:

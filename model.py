@@ -44,12 +44,12 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: 50,304 for 50,257 tokens. Padding is never sampled and never exported."""
+        """Return the rows of the embedding: 50,304 for 50,257 tokens. Padding is never sampled and never exported."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters without the padding of the embedding: 124,439,808 for GPT-2."""
+        """Return the number of parameters without the padding of the embedding: 124,439,808 for GPT-2."""
         C = self.n_embd
         block = 12 * C * C + 13 * C  # four weight matrices with biases, two LayerNorms
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
@@ -316,7 +316,7 @@ class GPT(nn.Module):
         return logits[..., : self.config.vocab_size]
 
     def flops_per_token(self, T: int | None = None) -> int:
-        """Floating-point operations of one training step per token of a T-token row: 6 N + 12 L C T.
+        """Return the floating-point operations of one training step per token of a T-token row: 6 N + 12 L C T.
 
         N counts the weights of all matrix products, including the padded output layer and excluding the embeddings:
         "PaLM" (Chowdhery et al., 2022), appendix B.  854.7 million for GPT-2 124M at T = 1024.

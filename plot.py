@@ -4,7 +4,7 @@
     python plot.py runs/demo runs/demo_chat --x hours --out demo.png
     python plot.py runs/lr_* --x steps                              # compare the runs of a sweep
 
-Takes a few seconds. The first 5% of a run may lie above the loss axis. Axes are logarithmic if the other losses span
+Takes a few seconds. The first 5 % of a run may lie above the loss axis. Axes are logarithmic if the other losses span
 more than a factor of 2, or if learning rate or speed differ by more than a factor of 10 between runs. Hours are
 computed from the logged tokens/s; they exclude validation, checkpoints and pauses.
 """
@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from minigpt import cli
 from minigpt.cli import UserError
 
-# The colorblind-safe palette of Okabe and Ito; dashes and markers differ as well.
+# The colour-blind-safe palette of Okabe and Ito; dashes and markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 1.5)), (0, (2, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (12, 2)))
 MARKERS = "os^DvP"
@@ -62,12 +62,12 @@ def main(config: Config) -> None:
 
 
 def read_log(run: Path) -> list[dict]:
-    """Return the rows of a run's log and skip damaged lines. Raises `UserError` if the log is missing or empty."""
+    """Return the rows of a run's log and skip corrupt lines. Raises `UserError` if the log is missing or empty."""
     file, rows = run / "log.jsonl", []
     if not file.is_file():
         raise UserError(f"{run} has no log.jsonl: name a folder that pretrain.py or finetune.py wrote, e.g. runs/gpt2")
     for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # a crash can cut off the last line
+        with contextlib.suppress(ValueError):  # a crash can truncate the last line
             rows.append(json.loads(line))
     rows = [row for row in rows if isinstance(row, dict) and {"step", "tokens"} <= row.keys()]
     if not any(set(KEYS) & row.keys() for row in rows):

@@ -4,11 +4,11 @@
     python prepare_dolly.py --files mine.jsonl --out data/mine      # your own
     python prepare_dolly.py --files mine.jsonl --preview 3          # show the loss mask; write nothing
 
-The fields of a record decide its layout:
+The fields of a record determine its layout:
 
     {"instruction": "Who wrote it?", "context": "Emma, by Jane Austen", "response": "Jane Austen."}      Dolly
     {"instruction": "Who wrote it?", "input": "Emma, by Jane Austen", "output": "Jane Austen."}          Alpaca
-    {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}]}       any turns
+    {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}]}       OpenAI
     {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hi."}]}           ShareGPT
     {"prompt": "Hello!", "completion": "Hi."}                              TRL; each may be a list of messages
 
@@ -38,7 +38,7 @@ from minigpt.sources import FileSource, HubSource, SourceConfig, data_suffix, fi
 from minigpt.tokenizer import Tokenizer, load_tokenizer
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-COUNTS = ("records", "shortened", "dropped", "skipped_empty")
+COUNTS = ("records", "truncated", "dropped", "skipped_empty")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Config(SourceConfig):
     out: Path = Path("data/dolly")
     val_fraction: float = 0.02
     mix: tuple[str, ...] = ()
-    """Several sources instead, as SOURCE=WEIGHT: files, or a hub dataset as owner/name:config:split."""
+    """Weighted sources instead, SOURCE=WEIGHT: files, folders, or hub datasets as owner/name:config:split."""
     block_size: int = 1024
     """Maximum length of a conversation in tokens: the model's context."""
     preview: int | None = None
@@ -112,20 +112,19 @@ def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     config.check("mix")
     cli.check_range("block_size", config.block_size, 16)
-    if config.preview is not None:
-        cli.check_range("preview", config.preview, 1)
+    cli.check_range("preview", config.preview, 1)
 
 
 def open_sources(config: Config) -> list[Source]:
     """Return the sources of --mix, the local files, or the dataset on the hub."""
     if config.mix:
-        return [open_weighted(item) for item in config.mix]
+        return [parse_mix_item(item) for item in config.mix]
     if config.files:
         return [Source(FileSource(find_files(config.files, SUFFIXES), text_field=None))]
     return [Source(HubSource(config.dataset, config.name, split=config.split))]
 
 
-def open_weighted(item: str) -> Source:
+def parse_mix_item(item: str) -> Source:
     """Return the source of "mine.jsonl=2": a local path if it exists, else a dataset on the hub."""
     name, _, number = item.rpartition("=")
     weight = float(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number) else 0.0
@@ -153,7 +152,7 @@ def dataset_meta(config: Config, tokenizer: Tokenizer, sources: list[Source]) ->
 
 
 def read_examples(source: Source, tokenizer: Tokenizer, block_size: int, counts: dict) -> Iterator[Example]:
-    """Yield the conversations of a source. Those without an answer, or with one that is too long, are counted only.
+    """Yield the conversations of a source. Those whose answers are empty or too long are only counted.
 
     Raises `UserError`, naming the record, if a conversation has no message of the assistant.
     """
@@ -170,7 +169,7 @@ def read_examples(source: Source, tokenizer: Tokenizer, block_size: int, counts:
         encoded = encode_chat(tokenizer, messages)
         if len(encoded[0]) > block_size:
             encoded = encode_chat(tokenizer, messages, max_length=block_size)
-            counts["dropped" if encoded is None else "shortened"] += 1
+            counts["dropped" if encoded is None else "truncated"] += 1
         if encoded is not None:
             tokens, loss_mask = encoded
             turns = [i for i, token in enumerate(tokens) if token == tokenizer.role_tokens["assistant"]]
@@ -180,7 +179,7 @@ def read_examples(source: Source, tokenizer: Tokenizer, block_size: int, counts:
 
 
 def add_example(example: Example, source: Source, splits: dict[str, Split], config: Config) -> None:
-    """Add a conversation to its split as often as the source's weight says; once to a mix's validation split.
+    """Add a conversation to its split repeated by the source's weight; once to a mix's validation split.
 
     The conversation's hash decides whether a fractional weight includes it, so adding data never changes that.
     """
@@ -223,8 +222,8 @@ def print_summary(config: Config, sources: list[Source], written: dict, counts: 
 
 def format_counts(counts: dict, config: Config) -> str:
     return (
-        f"{counts['records']:,} records, {counts['shortened']:,} truncated to {config.block_size:,} tokens,"
-        f" {counts['dropped']:,} dropped for an answer longer than that, {counts['skipped_empty']:,} without an answer"
+        f"{counts['records']:,} records, {counts['truncated']:,} truncated to {config.block_size:,} tokens,"
+        f" {counts['dropped']:,} dropped (answer too long), {counts['skipped_empty']:,} skipped (empty answer)"
     )
 
 

@@ -80,8 +80,7 @@ def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     config.check()
     cli.check_range("shard_tokens", config.shard_tokens, 1, 2**31)
-    if config.max_tokens is not None:
-        cli.check_range("max_tokens", config.max_tokens, 1)
+    cli.check_range("max_tokens", config.max_tokens, 1)
 
 
 def open_source(config: Config) -> FileSource | HubSource:

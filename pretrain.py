@@ -72,7 +72,7 @@ class Config(TrainConfig):
     sample_prompts: tuple[str, ...] = resumable(
         ("Once upon a time", "The water cycle begins", "The capital of France is")
     )
-    """Texts to continue."""
+    """Prompts for --sample_every."""
     dry_run: bool = resumable(False)
     """Check data, batch, memory and disk, time some steps, and print the time and cost of the whole run."""
     gpu_dollars_per_hour: float | None = resumable(None)
@@ -139,12 +139,10 @@ def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     training.check_train_config(config)
     for name in ("steps", "val_tokens", "hellaswag_every", "sample_every"):
-        if getattr(config, name) is not None:
-            cli.check_range(name, getattr(config, name), 1)
-    if config.gpu_dollars_per_hour is not None:
-        cli.check_range("gpu_dollars_per_hour", config.gpu_dollars_per_hour, 0)
-        if not config.dry_run:
-            raise UserError("--gpu_dollars_per_hour is for --dry_run, which prints the cost")
+        cli.check_range(name, getattr(config, name), 1)
+    cli.check_range("gpu_dollars_per_hour", config.gpu_dollars_per_hour, 0)
+    if config.gpu_dollars_per_hour is not None and not config.dry_run:
+        raise UserError("--gpu_dollars_per_hour is for --dry_run, which prints the cost")
     if config.hellaswag_files and not config.hellaswag_every:
         raise UserError("--hellaswag_files needs --hellaswag_every, the number of steps between evaluations")
     if config.sample_prompts != Config.sample_prompts and not config.sample_every:
@@ -203,7 +201,7 @@ def dry_run(config: Config, data: TokenDataset, model_config: GPTConfig, batch_s
         print_summary(config, data, model, batch_size, procs)
     batches = train_batches(data, 0, config.seed, batch_size, micro_batch_size, procs.rank, procs.world_size)
 
-    def seconds(n_micro_batches: int) -> float:
+    def time_step(n_micro_batches: int) -> float:
         procs.synchronize()
         started = time.perf_counter()
         training.train_step(train_model, batches[:n_micro_batches], optimizer, config.lr, config.grad_clip, procs)
@@ -212,8 +210,8 @@ def dry_run(config: Config, data: TokenDataset, model_config: GPTConfig, batch_s
 
     # Two sizes separate the time per micro-batch from the rest of the step, without timing all micro-batches.
     n = min(4, len(batches))
-    seconds(n)  # compiles, and allocates the optimiser state
-    one, several = (statistics.median(seconds(size) for _ in range(3)) for size in (1, n))
+    time_step(n)  # compiles, and allocates the optimiser state
+    one, several = (statistics.median(time_step(size) for _ in range(3)) for size in (1, n))
     step_seconds = several + (len(batches) - n) * (several - one) / (n - 1) if n > 1 else one
     if procs.is_main:
         print_estimate(config, model, step_seconds, procs)
@@ -229,13 +227,13 @@ def print_estimate(config: Config, model: GPT, step_seconds: float, procs: Proce
     disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free
     size = 12 * sum(parameter.numel() for parameter in model.parameters())  # weights and two averages, in float32
-    # The newest, the best, and the one being written; some may exist already.
+    # The kept checkpoints, the best, and the one being written, less those that exist.
     need = max(0, config.keep + 2 - len(list_checkpoints(folder))) * size
     price = (config.gpu_dollars_per_hour or 0) * procs.world_size
     cost = f", ${duration.total_seconds() / 3600 * price:,.2f} at ${price:g} per hour" if price else ""
-    print(f"memory     peak {procs.peak_memory():.0%} of the {procs.device.type}'s memory, per process")
+    print(f"memory     {procs.peak_memory():.0%} of the device's memory at peak, per process")
     print(f"disk       {need / 1e9:.2f} GB for checkpoints of {size / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
-    print(f"peak       {flops / 1e12:,.2f} TFLOP/s per process is 100 % MFU ({source})")
+    print(f"peak       100 % MFU is {flops / 1e12:,.2f} TFLOP/s per process ({source})")
     print(f"speed      {tokens_per_s:,.0f} tokens/s, {step_seconds:.2f} s per step, {mfu:.1%} MFU")
     print(f"whole run  {config.steps:,} steps in {duration}{cost}, without validation")
     if need >= free:

@@ -52,7 +52,7 @@ def main(config: Config) -> None:
         progress.update(n_done - progress.done)
     progress.close()
     if n_corrupt:
-        raise UserError(f"{n_corrupt} of {len(folders)} are corrupt: delete them; training skips such checkpoints")
+        raise UserError(f"{n_corrupt} of {len(folders)} are corrupt: delete them, and prepare datasets again")
 
 
 def find_folders(path: Path) -> list[Path]:

@@ -1,1 +1,1 @@
-"""Modules that the scripts share; docs/ and the README name each of them."""
+"""Modules that the scripts share; the README lists them."""

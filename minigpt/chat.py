@@ -18,7 +18,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def to_messages(location: str, record: dict) -> tuple[list[dict], int]:
-    """Convert a record in the layout of Dolly, Alpaca, ShareGPT or TRL; `prepare_dolly.py` shows each.
+    """Convert a record in the layout of Dolly, Alpaca, OpenAI, ShareGPT or TRL; `prepare_dolly.py` shows each.
 
     Returns (messages, n_prompt): {"role", "content"} each; the first `n_prompt` are context only, without loss.
     Raises `UserError`, naming the record's location, if the layout is unknown.
@@ -100,10 +100,10 @@ def encode_chat(
     ]
     roles = [message["role"] for message in messages]
     first = int(roles[:1] == ["system"])
-    ending = [tokenizer.role_tokens["assistant"]] if add_generation_prompt else []
+    generation_prompt = [tokenizer.role_tokens["assistant"]] if add_generation_prompt else []
 
     def excess() -> int:
-        return 1 + sum(map(len, turns)) + len(ending) - (max_length or float("inf"))
+        return 1 + sum(map(len, turns)) + len(generation_prompt) - (max_length or float("inf"))
 
     while excess() > 0 and (after := next_user_turn(roles, first)):
         del turns[first:after], roles[first:after]
@@ -119,7 +119,7 @@ def encode_chat(
     for role, turn in zip(roles, turns, strict=True):
         tokens += turn
         loss_mask += [False] + [role == "assistant"] * (len(turn) - 1)
-    return tokens + ending, loss_mask + [False] * len(ending)
+    return tokens + generation_prompt, loss_mask + [False] * len(generation_prompt)
 
 
 def next_user_turn(roles: list[str], first: int) -> int | None:

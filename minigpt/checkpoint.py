@@ -132,7 +132,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def find_newest(run: Path, warn: bool = False) -> Path | None:
-    """Return the newest checkpoint that is not corrupt; None if there are no checkpoints. `warn` prints corrupt ones.
+    """Return the newest checkpoint that is not corrupt, or None; with `warn`, report corrupt ones on stderr.
 
     Raises `UserError` if all checkpoints are corrupt.
     """
@@ -164,7 +164,7 @@ def read_val_loss(folder: Path) -> float:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete a run's checkpoints except the newest `keep` and the best, and leftovers of crashes."""
+    """Delete a run's checkpoints except the newest `keep` and the best, and temporary folders."""
     found = list_checkpoints(run)
     for folder in set(found[:-keep]) - {find_best(run)}:
         discard(folder)
@@ -174,6 +174,6 @@ def prune(run: Path, keep: int) -> None:
 
 def discard(folder: Path) -> None:
     """Rename a checkpoint so that `prune` deletes it: a deletion that is interrupted must not leave a partial one."""
-    doomed = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.rename(temporary)

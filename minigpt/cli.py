@@ -88,8 +88,10 @@ def strip_control_chars(text: str) -> str:
     return text.translate(CONTROL_CHARS)
 
 
-def check_range(name: str, value: float, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    """Raise `UserError` unless `low <= value <= high` (`low < value` with `open_low`); NaN is out of range."""
+def check_range(name: str, value: float | None, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """Raise `UserError` unless `low <= value <= high` (`low < value` with `open_low`) or `value` is None."""
+    if value is None:
+        return
     if not (low < value if open_low else low <= value) or not value <= high:
         rule = f"above {low:g}" if open_low else f"at least {low:g}"
         rule += f" and at most {high:g}" if high < math.inf else ""
@@ -158,7 +160,7 @@ class Progress:
             print(f"{self.unit} {self.done:,}{of_total}  {postfix}  {self.time_left()}".rstrip(), flush=True)
 
     def interval(self) -> float:
-        """Seconds between two lines: `seconds` at first, then a hundredth of the elapsed time, at most ten minutes."""
+        """Return the seconds between two lines: a hundredth of the elapsed time, but `seconds` to ten minutes."""
         return min(max(self.seconds, (time.perf_counter() - self.started) / 100), 600)
 
     def time_left(self) -> str:
@@ -178,6 +180,6 @@ class Progress:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is and start a new line."""
+        """Close the bar; later output starts on a new line."""
         if self.bar is not None:
             self.bar.close()

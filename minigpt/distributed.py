@@ -18,7 +18,7 @@ from model import GPT
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and the others of the run. A single process uses the same code.
+    """Rank, device and precision of this process, and collective operations. A single process uses the same code.
 
     Attributes:
         rank: 0 ... world_size - 1.
@@ -145,7 +145,8 @@ def tune_malloc() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in {-3: 2**25, -1: 2**31 - 1, -2: 2**26}.items():  # M_MMAP_THRESHOLD, _TRIM_, TOP_PAD
+        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        for parameter, value in {-3: 2**25, -1: 2**31 - 1, -2: 2**26}.items():
             mallopt(parameter, value)
 
 

@@ -1,4 +1,4 @@
-"""HellaSwag (Zellers et al., 2019): which of four endings continues a text? For evaluate.py and during training.
+"""HellaSwag (Zellers et al., 2019): which of four endings continues a text? Used by evaluate.py and during training.
 
 Evaluation changes neither the model nor torch's random state, and the result is the same for any number of processes.
 """

@@ -138,7 +138,7 @@ def decode_step(model: GPT, tokens: Tensor, position: Tensor, cache: KVCache) ->
 
 
 class StaticKVCache(KVCache):
-    """A view of a `KVCache` for one new token at a position that only the device holds.
+    """A view of a `KVCache` for one new token whose position is a tensor on the device.
 
     Every step attends to all keys; those after the position are masked.
     """
@@ -158,7 +158,7 @@ class StaticKVCache(KVCache):
 
 
 def load_for_inference(config: InferenceConfig) -> tuple[PretrainedModel, torch.device]:
-    """Load the model that the flags describe and prepare it; return it with its device.
+    """Load the model that the flags name and optimise it for inference; return it with its device.
 
     Raises `UserError` if the model or device does not exist, or if flags contradict each other.
     """
@@ -188,7 +188,7 @@ def optimize_for_inference(model: GPT, device: torch.device, dtype: torch.dtype,
             for part in (block.attn, block.mlp):
                 for name, layer in list(part.named_children()):
                     setattr(part, name, linear_class(layer.weight, layer.bias))
-    else:  # stored as (in, out), float32 weights are read faster
+    else:  # float32 weights are read faster in (in, out) layout
         for module in model.modules():
             if isinstance(module, nn.Linear) or module is model.wte:
                 module.weight.data = module.weight.data.t().contiguous().t()

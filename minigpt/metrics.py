@@ -57,7 +57,7 @@ class MetricsLogger:
         flops, source = peak_flops(self.procs)
         self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
         self.progress = Progress(steps, "step", initial=step, enabled=self.procs.is_main)
-        self.progress.print(f"peak       {flops / 1e12:,.2f} TFLOP/s per process is 100 % MFU ({source})")
+        self.progress.print(f"peak       100 % MFU is {flops / 1e12:,.2f} TFLOP/s per process ({source})")
         names = dict.fromkeys(run.config.report_to) if self.procs.is_main else ()
         self.trackers = [open_tracker(name, run.folder, run.config, step) for name in names]
         for tracker in self.trackers:
@@ -93,29 +93,27 @@ class MetricsLogger:
 
     def log_validation(self, step: int, val_loss: float) -> None:
         """Log a validation loss."""
-        self._write(step, {"val_loss": val_loss})
-        self.progress.print(f"step {step:,}: validation loss {val_loss:.4f}")
+        self._write(step, {"val_loss": val_loss}, f"validation loss {val_loss:.4f}")
 
     def log_hellaswag(self, step: int, accuracies: dict[str, float]) -> None:
         """Log the result of `evaluate_hellaswag`."""
-        self._write(step, accuracies)
         per_ending, per_token = accuracies["hellaswag"], accuracies["hellaswag_norm"]
-        self.progress.print(f"step {step:,}: HellaSwag {per_ending:.2%}, normalised by tokens {per_token:.2%}")
+        self._write(step, accuracies, f"HellaSwag {per_ending:.2%}, normalised by tokens {per_token:.2%}")
 
     def log_samples(self, step: int, samples: list[dict]) -> None:
         """Log sampled texts: {"prompt", "text"} each."""
-        self._write(step, {"samples": samples})
-        for sample in samples:
-            self.progress.print(f"step {step:,}: {strip_control_chars(sample['prompt'] + sample['text'])}")
+        self._write(step, {"samples": samples}, *(strip_control_chars(s["prompt"] + s["text"]) for s in samples))
 
-    def _write(self, step: int, values: dict) -> None:
-        """Append a row to log.jsonl and send it to the trackers."""
+    def _write(self, step: int, values: dict, *lines: str) -> None:
+        """Append a row to log.jsonl, send it to the trackers, and print lines."""
         if self.procs.is_main:
             row = {"step": step, "tokens": step * self.batch_tokens} | values
             with open(self.run.log_file, "a") as file:
                 file.write(json.dumps(row) + "\n")
             for tracker in self.trackers:
                 tracker.log(row)
+        for line in lines:
+            self.progress.print(f"step {step:,}: {line}")
 
     def close(self) -> None:
         """Close the progress bar."""
@@ -125,7 +123,7 @@ class MetricsLogger:
 def peak_flops(procs: Processes) -> tuple[float, str]:
     """Return the FLOP/s per process that are 100 % MFU, and their source: a data sheet or a measurement.
 
-    Measured is a square matrix product in the training precision, the fastest of several.
+    The measurement is the fastest of several square matrix products in the training precision.
     """
     if procs.device.type == "cuda" and procs.dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(procs.device)
@@ -137,17 +135,17 @@ def peak_flops(procs: Processes) -> tuple[float, str]:
     return 2 * n**3 / min_seconds(lambda: torch.mm(a, a), procs), f"{procs.device.type}, measured"
 
 
-def min_seconds(work: Callable[[], Any], procs: Processes, repeats: int = 8) -> float:
+def min_seconds(work: Callable[[], Any], procs: Processes) -> float:
     """Return the shortest time in seconds that `work` takes on the device."""
 
-    def seconds() -> float:
+    def time_once() -> float:
         procs.synchronize()
         started = time.perf_counter()
         work()
         procs.synchronize()
         return time.perf_counter() - started
 
-    return min(seconds() for _ in range(repeats))
+    return min(time_once() for _ in range(8))
 
 
 def check_report_to(names: tuple[str, ...]) -> None:
@@ -163,11 +161,7 @@ def check_report_to(names: tuple[str, ...]) -> None:
 
 
 def open_tracker(name: str, folder: Path, config: Any, step: int) -> Any:
-    """Return the named tracker for the run in `folder`, whose log.jsonl ends at `step`.
-
-    Its log(row) makes curves of numbers and text of strings and lists of records. The libraries write in the background
-    and close themselves when the process ends.
-    """
+    """Return the named tracker for the run in `folder`, whose log.jsonl ends at `step`; `log(row)` adds a row to it."""
     return {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}[name](folder, config, step)
 
 
@@ -182,7 +176,7 @@ class TensorBoardTracker:
     """Event files in the run folder.
 
     A crash loses up to two minutes of events and leaves steps that will be logged again. So a resumed run writes all
-    events again from log.jsonl; `purge_step` informs a TensorBoard that is running.
+    events again from log.jsonl; `purge_step=0` makes a running TensorBoard discard the old ones.
     """
 
     def __init__(self, folder: Path, config: Any, step: int):

@@ -21,7 +21,7 @@ from minigpt.files import atomic_rename, lock_folder
 from model import GPT
 
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
-RUN_FILES = ("log.jsonl", "log.tmp", ".lock", "tensorboard", "wandb")  # beside step_*
+RUN_FILES = ("log.jsonl", "log.tmp", ".lock", "tensorboard", "wandb")  # besides the checkpoints
 
 
 class Run:
@@ -54,7 +54,7 @@ class Run:
         if not (is_new or checkpoint.list_checkpoints(self.folder)):
             raise UserError(f"{self.folder} already exists and is not a run: choose another --out")
         if procs.is_main:
-            self.lock = lock_folder(self.folder)
+            lock_folder(self.folder)
         self.newest_checkpoint = checkpoint.find_newest(self.folder, warn=procs.is_main)
         self.stop_reason, self.started, self.signal_time = "", time.monotonic(), 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -130,7 +130,7 @@ class Run:
         self.procs.barrier()
 
     def stop_requested(self) -> bool:
-        """Return whether a signal or --max_minutes stops any process; then all stop after the same step."""
+        """Return whether any process received a signal or reached --max_minutes; then all stop after the same step."""
         limit = self.config.max_minutes
         if limit is not None and time.monotonic() - self.started > 60 * limit:
             self.stop_reason = self.stop_reason or f"--max_minutes {limit:g}"
@@ -138,7 +138,7 @@ class Run:
         return bool(self.procs.all_reduce(stop))
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        # A Ctrl-C in the terminal reaches every process, and torchrun forwards it: within a second it is the same one.
+        # Ctrl-C reaches every process, and torchrun forwards it: a signal within a second is the same Ctrl-C.
         if number == signal.SIGINT and self.signal_time and time.monotonic() - self.signal_time > 1:
             os._exit(130)
         if not self.signal_time and self.procs.is_main:
@@ -151,7 +151,7 @@ class Run:
         if step > 0 and not (self.folder / f"step_{step:06d}").exists():
             self.save(step, model, optimizer, {})
         if self.procs.is_main:
-            reason = self.stop_reason or "another process"
+            reason = self.stop_reason or "a signal to another process"
             print(f"stopped by {reason} after step {step:,}: run the same command again to resume", flush=True)
         self.procs.close()
         sys.exit(EXIT_STOPPED)

@@ -28,8 +28,7 @@ class SamplingParams:
         check_range("max_tokens", self.max_tokens, 1)
         check_range("temperature", self.temperature, 0, 100)
         check_range("top_p", self.top_p, 0, 1, open_low=True)
-        if self.top_k is not None:
-            check_range("top_k", self.top_k, 1)
+        check_range("top_k", self.top_k, 1)
 
 
 def sample_token(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:

@@ -21,7 +21,7 @@ from minigpt.files import atomic_rename, lock_folder, read_json, sha256, write_j
 FORMAT_VERSIONS = {"text": 1, "chat": 2}
 SCRIPTS = {"text": "prepare_fineweb.py", "chat": "prepare_dolly.py"}
 SPLITS = ("train", "val")
-INCOMPLETE = "incomplete.json"  # replaces meta.json while the folder is being written
+PROGRESS_FILE = "incomplete.json"  # replaces meta.json while the folder is being written
 
 
 def is_validation(document: bytes, val_fraction: float) -> bool:
@@ -42,8 +42,8 @@ def begin_dataset(folder: Path, meta: dict) -> dict | None:
     """
     complete = (folder / "meta.json").exists()
     progress: dict = {}
-    if complete or (folder / INCOMPLETE).exists():
-        saved = read_json(folder / ("meta.json" if complete else INCOMPLETE))
+    if complete or (folder / PROGRESS_FILE).exists():
+        saved = read_json(folder / ("meta.json" if complete else PROGRESS_FILE))
         changed = [key for key in meta if saved.get(key) != meta[key]]
         if changed and any(folder.glob("*.npy")):  # without finished arrays nothing can be lost
             differences = "; ".join(
@@ -57,7 +57,7 @@ def begin_dataset(folder: Path, meta: dict) -> dict | None:
         if complete and not changed:
             return None
         progress = saved.get("progress", {}) if not changed else {}
-    elif folder.exists() and any(item.name not in (f"{INCOMPLETE}.tmp", ".lock") for item in folder.iterdir()):
+    elif folder.exists() and any(item.name not in (f"{PROGRESS_FILE}.tmp", ".lock") for item in folder.iterdir()):
         raise UserError(f"{folder} already exists and is not a dataset folder: choose another --out")
     lock_folder(folder)
     (folder / "meta.json").unlink(missing_ok=True)
@@ -67,14 +67,14 @@ def begin_dataset(folder: Path, meta: dict) -> dict | None:
 
 def save_progress(folder: Path, meta: dict, progress: dict) -> None:
     """Save the progress of an incomplete dataset: the writers' states by split, and anything else that is needed."""
-    write_json(folder / INCOMPLETE, meta | {"progress": progress})
+    write_json(folder / PROGRESS_FILE, meta | {"progress": progress})
     remove_arrays(folder, keep=progress)
 
 
 def finish_dataset(folder: Path, meta: dict) -> None:
     """Write `meta.json`, which completes the dataset."""
     write_json(folder / "meta.json", meta)
-    (folder / INCOMPLETE).unlink()
+    (folder / PROGRESS_FILE).unlink()
     remove_arrays(folder, keep=meta)
 
 
@@ -176,14 +176,14 @@ def read_meta(folder: Path, kind: str | None = None) -> dict:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such dataset folder; create it with {script}, or choose another with --data")
     if not (folder / "meta.json").exists():
-        if (folder / INCOMPLETE).exists():
+        if (folder / PROGRESS_FILE).exists():
             raise UserError(f"{folder} is incomplete: run {script} again to complete it")
         return infer_meta(folder, kind)
     meta = read_json(folder / "meta.json")
     if meta.get("kind") not in tuple(SCRIPTS):
         raise UserError(f"{folder} is not a dataset folder: its meta.json has no kind of data")
     if kind not in (None, meta.get("kind")):
-        raise UserError(f"{folder} holds {meta.get('kind')} data, not {kind}: create that with {script}")
+        raise UserError(f"{folder} holds {meta.get('kind')} data, not {kind}: create one with {script}")
     expected = FORMAT_VERSIONS.get(meta.get("kind"))
     if meta.get("version") != expected:
         raise UserError(
@@ -195,7 +195,7 @@ def read_meta(folder: Path, kind: str | None = None) -> dict:
 
 
 def infer_meta(folder: Path, kind: str | None) -> dict:
-    """Return metadata for shards of other GPT-2 repositories, `*_train_*.npy` and `*_val_*.npy` without meta.json."""
+    """Return metadata for shards of other GPT-2 repositories, `*train_*.npy` and `*val_*.npy` without meta.json."""
     shards = {split: sorted(folder.glob(f"*{split}_*.npy")) for split in SPLITS}
     if kind == "chat" or not all(shards.values()):
         raise UserError(

@@ -1,6 +1,6 @@
 """Records from datasets on the Hugging Face Hub and from local files.
 
-Every source iterates over (location, record): a dict, and the words that name it in an error, "notes.jsonl line 7".
+Every source iterates over (location, record): a dict, and its location for error messages, "notes.jsonl line 7".
 """
 
 import contextlib
@@ -20,6 +20,7 @@ Record = tuple[str, dict]
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 COMPRESSIBLE = (".txt", ".jsonl", ".json")  # suffixes that may be followed by .gz or .zst
+BATCH_CHARS = 4_000_000
 DOCUMENT_CHARS = 16_384  # a long .txt file is split into documents of about this length
 
 
@@ -34,7 +35,7 @@ class SourceConfig:
     val_fraction: float
     """Fraction of the documents or conversations for the validation split."""
     name: str | None = None
-    """Configuration of the dataset; default: sample-10BT of FineWeb-Edu, the default one of other datasets."""
+    """Configuration of the dataset; default: sample-10BT for FineWeb-Edu, else the dataset's default."""
     split: str = "train"
     """Split of the dataset."""
     files: tuple[str, ...] = ()
@@ -134,10 +135,8 @@ class HubSource:
             begin, done = self.stream.state_dict(), 0
 
 
-def text_batches(
-    source: FileSource | HubSource, position: Any, text_field: str, max_chars: int = 4_000_000
-) -> Iterator[tuple[list[str], Any]]:
-    """Yield the source's texts after a position, in lists of about `max_chars` characters, each with the next position.
+def text_batches(source: FileSource | HubSource, position: Any, text_field: str) -> Iterator[tuple[list[str], Any]]:
+    """Yield the source's texts after a position, in lists of about `BATCH_CHARS` characters, with the next position.
 
     Raises `UserError` for a record without text.
     """
@@ -150,7 +149,7 @@ def text_batches(
             raise UserError(f"{location}: no text in field {text_field!r}; --text_field can be one of: {fields}")
         texts.append(text)
         n_chars += len(text)
-        if n_chars >= max_chars:
+        if n_chars >= BATCH_CHARS:
             yield texts, source.position
             texts, n_chars = [], 0
     if texts:

@@ -135,7 +135,7 @@ def encode_utf8(text: str) -> bytes:
 
 
 class StreamDecoder:
-    """Decode tokens one by one. A character of several tokens appears with its last token."""
+    """Decodes tokens one by one. A character of several tokens appears with its last token."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer

@@ -41,7 +41,7 @@ class TrainConfig:
     keep: int = resumable(2)
     """Number of newest checkpoints to keep; the best one is kept too."""
     micro_batch_size: int | None = resumable(None)
-    """Rows per forward pass, with gradient accumulation; default: as before on resume, else the most that fit."""
+    """Rows per forward pass; default: as in the resumed run, else the most that fit, on a CPU about 4,096 tokens."""
     weight_decay: float = 0.1
     """AdamW weight decay, on 2-D parameters only."""
     grad_clip: float = 1.0
@@ -67,14 +67,14 @@ def check_train_config(config: TrainConfig) -> None:
     if not config.out.strip():
         raise UserError("--out is empty: give a folder, such as runs/mine")
     for name in ("batch_tokens", "micro_batch_size", "val_every", "save_every", "keep"):
-        if getattr(config, name) is not None:
-            check_range(name, getattr(config, name), 1)
+        check_range(name, getattr(config, name), 1)
     check_range("lr", config.lr, 0, 1, open_low=True)
     check_range("warmup_fraction", config.warmup_fraction, 0, 1)
     check_range("weight_decay", config.weight_decay, 0)
     check_range("grad_clip", config.grad_clip, 0, open_low=True)
     check_range("dropout", config.dropout, 0, 0.9)
     check_range("seed", config.seed, 0, 2**63 - 1)
+    check_range("max_minutes", config.max_minutes, 0, open_low=True)
     check_report_to(config.report_to)
 
 

@@ -322,7 +322,7 @@ def test_model_card_names_hub_datasets_and_licences(finetuned):
 def test_the_folder_is_complete_or_absent(exported, fails, run_script, finetuned, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine.txt").write_text("mine")
-    assert "exists already" in fails("export.py", "--checkpoint", finetuned, "--out", "here")
+    assert "already exists" in fails("export.py", "--checkpoint", finetuned, "--out", "here")
     assert [file.name for file in (tmp_path / "here").iterdir()] == ["mine.txt"]
     assert "no checkpoint found" in fails("export.py", "--checkpoint", "./nothing", "--out", "new")
     done = run_script("export.py", "--checkpoint", finetuned, "--out", "deep/new")

@@ -10,9 +10,10 @@ from conftest import TUNE, read_log, start
 from test_model import assert_close, random_tokens, small_model
 
 from finetune import add_chat_tokens
-from minigpt import checkpoint, pretrained
+from minigpt import checkpoint
 from minigpt.dataset import ChatDataset
 from minigpt.distributed import Processes
+from minigpt.pretrained import load_pretrained, save_hf
 from minigpt.training import validate
 from model import GPT, IGNORE_INDEX, GPTConfig
 
@@ -26,15 +27,15 @@ def losses(run) -> list[float]:
 def test_learns_to_answer(finetuned, pretrained):
     validations = [row["val_loss"] for row in read_log(finetuned) if "val_loss" in row]
     assert validations[-1] < 0.9 * validations[0]
-    loaded = pretrained.load_pretrained(str(finetuned))
-    assert loaded.chat and loaded.model.config.vocab_size == 261
-    assert not pretrained.load_pretrained(str(pretrained)).chat
+    loaded = load_pretrained(str(finetuned))
+    assert loaded.is_chat and loaded.model.config.vocab_size == 261
+    assert not load_pretrained(str(pretrained)).is_chat
 
 
 def test_validation_is_the_mean_over_what_the_assistant_says(finetuned, chat_data):
     """The logged loss equals the loss of the conversations one by one, unpacked, over their targets."""
     best = checkpoint.find_best(finetuned)
-    model = pretrained.load_pretrained(str(best)).model.eval()
+    model = load_pretrained(str(best)).model.eval()
     tokens, loss_mask, offsets = ChatDataset(chat_data, 64).arrays["val"]
     total = count = 0
     for begin, end in itertools.pairwise(offsets):
@@ -98,18 +99,18 @@ def test_epochs_say_how_long(run_script, chat_data, pretrained, tmp_path):
 def test_from_a_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
     """A GPT-2 of transformers' own making is finetuned in GPT-2's vocabulary; its first validation is untrained."""
     torch.manual_seed(0)
-    GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path / "gpt2")
+    save_hf(GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16)), tmp_path / "gpt2")
     record = '{"instruction": "Who?", "context": "", "response": "Somebody or other."}\n'
     (tmp_path / "chat.jsonl").write_text("".join(record.replace("Who", f"Who {i}") for i in range(40)))
     run_script("prepare_dolly.py", "--files", "chat.jsonl", "--block_size", 64, "--val_fraction", 0.3)
     run_script("finetune.py", "--init", "./gpt2", "--steps", 2, "--batch_tokens", 256, "--micro_batch_size", 2)
-    loaded = pretrained.load_pretrained(str(tmp_path / "runs" / "dolly"))
+    loaded = load_pretrained(str(tmp_path / "runs" / "dolly"))
     assert loaded.tokenizer is gpt2_tokenizer and loaded.model.config.vocab_size == 50_261
     assert read_log(tmp_path / "runs" / "dolly")[0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50,261
 
 
 def test_dropped_conversations_never_share_attention(chat_data):
-    """Changing one conversation of a row leaves the losses of the others as they were, to the bit of a float."""
+    """Changing one conversation of a row does not change the logits of the others."""
     data = ChatDataset(chat_data, 64)
     row = next(i for i, items in enumerate(data.rows["train"]) if len(items) > 1)
     batch = data.batch("train", [row])
@@ -127,8 +128,8 @@ def test_dropped_conversations_never_share_attention(chat_data):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--init", "./nowhere"), "./nowhere: no checkpoint there"),
-        (("--data", "nowhere"), "nowhere: no such dataset folder; make it with prepare_dolly.py"),
+        (("--init", "./nowhere"), "./nowhere: no checkpoint found"),
+        (("--data", "nowhere"), "nowhere: no such dataset folder; create it with prepare_dolly.py"),
         (("--lr", 2), "--lr is 2.0: it must be above 0 and at most 1"),
         (("--epochs", 0), "--epochs is 0"),
         (("--steps", -3), "--steps is -3"),
@@ -154,7 +155,7 @@ def test_bad_inits(fails, pretrained, chat_data, text_data, tmp_path):
 
 
 def test_other_tokens(fails, gpt2_tokenizer, chat_data, tmp_path):
-    GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2")
+    save_hf(GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)), tmp_path / "gpt2")
     error = fails("finetune.py", "--init", "./gpt2", "--data", chat_data, *TUNE)
     assert "has bytes tokens" in error and "--tokenizer gpt2" in error
 
@@ -169,9 +170,9 @@ def test_validation_does_not_depend_on_batching(chat_data):
     assert validate(model, [data.batch("val", list(rows))], procs) == pytest.approx(one_by_one, rel=1e-6)
 
 
-def test_a_checkpoint_tells_of_every_training_that_made_it(finetuned, pretrained):
-    first, second = pretrained.load_pretrained(str(finetuned)).history
-    assert [first] == pretrained.load_pretrained(str(pretrained)).history
+def test_a_checkpoint_has_the_history_of_its_training(finetuned, pretrained):
+    first, second = load_pretrained(str(finetuned)).history
+    assert [first] == load_pretrained(str(pretrained)).history
     assert (first["config"]["model"], first["step"], second["step"]) == ("tiny", 12, 12)
     for training, name in ((first, "text.jsonl"), (second, "chat.jsonl")):
         assert training["source"]["files"][0]["file"].endswith(name)

@@ -29,8 +29,8 @@ def parrot(tmp_path_factory):
     start("prepare_dolly.py", *data, cwd=folder)
     steps = ("--steps", 120, "--batch_tokens", 1024, "--micro_batch_size", 16, "--lr", 1e-2, "--dropout", 0)
     start("finetune.py", "--init", "./base", *steps, "--val_every", 60, cwd=folder)
-    learned = {json.loads(line)["instruction"] for line in (folder / "chat.jsonl").read_text().splitlines()}
-    assert set(pairs) <= learned
+    questions = {json.loads(line)["instruction"] for line in (folder / "chat.jsonl").read_text().splitlines()}
+    assert set(pairs) <= questions
     return folder, pairs
 
 

@@ -161,15 +161,15 @@ def test_evaluation_does_not_change_training(run_script, text_data, examples_fil
     """With and without evaluation, the checkpoints are equal bit for bit.  evaluate.py gives the logged accuracies."""
     flags = ("--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4, "--dropout", 0.2)
     often = ("--hellaswag_every", 3, "--hellaswag_files", examples_file, "--sample_every", 4)
-    done = run_script("pretrain.py", *flags, "--out", "evaluated", *often, processes=processes)
+    done = run_script("pretrain.py", *flags, "--out", "with_hellaswag", *often, processes=processes)
     run_script("pretrain.py", *flags, "--out", "plain", processes=processes)
     for name in ("model", "train_state"):
         file = f"step_000012/{name}.safetensors"
-        assert (tmp_path / "evaluated" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
-    rows = read_log(tmp_path / "evaluated")
+        assert (tmp_path / "with_hellaswag" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    rows = read_log(tmp_path / "with_hellaswag")
     assert [row["step"] for row in rows if "hellaswag" in row] == [3, 6, 9, 12]
     assert [row["step"] for row in rows if "samples" in row] == [4, 8, 12]
-    args = ("--checkpoint", "./evaluated", "--data", text_data, "--hellaswag_files", examples_file)
+    args = ("--checkpoint", "./with_hellaswag", "--data", text_data, "--hellaswag_files", examples_file)
     run_script("evaluate.py", *args, "--json", "figures.jsonl")
     figures = json.loads((tmp_path / "figures.jsonl").read_text())
     last = [row for row in rows if "hellaswag" in row][-1]
@@ -177,7 +177,7 @@ def test_evaluation_does_not_change_training(run_script, text_data, examples_fil
     sample = [row for row in rows if "samples" in row][-1]["samples"][0]
     assert sample["prompt"] == "Once upon a time" and sample["text"]
     assert strip_control_chars(f"step 12: Once upon a time{sample['text']}").split("\n")[0] in done.stdout
-    resumed = run_script("pretrain.py", *flags, "--out", "evaluated")  # the evaluation flags may change
+    resumed = run_script("pretrain.py", *flags, "--out", "with_hellaswag")  # the evaluation flags may change
     assert "12 steps, 12 completed" in resumed.stdout
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error_of
-from test_sampling import seeded
+from test_sampling import cpu_generator
 from torch import Tensor
 
 from minigpt import inference
@@ -38,7 +38,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 def small_model(block_size: int = 16, dtype: torch.dtype = torch.float32) -> GPT:
     """Return a model of large random weights, so that every token matters. If padding rows counted, they would win."""
     model = GPT(GPTConfig(block_size=block_size, vocab_size=37, n_layer=2, n_head=2, n_embd=8, vocab_multiple=16))
-    generator = seeded()
+    generator = cpu_generator()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.1, 0.4, generator=generator)
@@ -50,7 +50,7 @@ def small_model(block_size: int = 16, dtype: torch.dtype = torch.float32) -> GPT
 def generate_uncached(model: GPT, prompt: list[int], n: int, n_samples: int, temperature: float) -> Tensor:
     """Generate by the same rule without a cache: each token from the whole window. If the window exceeds the context,
     keep its last half context. Returns (n, n_samples)."""
-    generator, block_size = seeded(), model.config.block_size
+    generator, block_size = cpu_generator(), model.config.block_size
     windows = torch.tensor([prompt[-block_size:]] * n_samples)
     drawn = []
     for _ in range(n):
@@ -66,7 +66,7 @@ def generate_uncached(model: GPT, prompt: list[int], n: int, n_samples: int, tem
 def generate(model: GPT, prompt: list[int], n: int, n_samples: int, temperature: float, seed: int = 0) -> Tensor:
     """Return the first `n` tokens of every sample: (n, n_samples)."""
     params = SamplingParams(temperature=temperature, top_k=None)
-    return torch.stack([*islice(generate_tokens(model, prompt, params, seeded(seed), n_samples), n)])
+    return torch.stack([*islice(generate_tokens(model, prompt, params, cpu_generator(seed), n_samples), n)])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -160,7 +160,7 @@ def test_top_k_and_top_p_are_used():
     greedy = generate(model, PROMPT, 10, 2, 0.0)
     for limits in ({"top_k": 1}, {"top_p": 1e-6}):
         tokens = torch.stack(
-            [*islice(generate_tokens(model, PROMPT, SamplingParams(temperature=1.0, **limits), seeded(), 2), 10)]
+            [*islice(generate_tokens(model, PROMPT, SamplingParams(temperature=1.0, **limits), cpu_generator(), 2), 10)]
         )
         assert torch.equal(tokens, greedy)
 
@@ -173,13 +173,13 @@ def test_vocabulary_padding_is_never_sampled(dtype):
 
 def test_inference_mode_does_not_reach_the_caller():
     model = small_model()
-    assert next(generate_tokens(model, PROMPT, SamplingParams(), seeded())).is_inference()
+    assert next(generate_tokens(model, PROMPT, SamplingParams(), cpu_generator())).is_inference()
     assert torch.is_grad_enabled() and model(torch.tensor([PROMPT[:5]])).requires_grad
 
 
 def test_context_of_one_token_generates():
     model = GPT(GPTConfig(block_size=1, vocab_size=9, n_layer=1, n_head=1, n_embd=4)).eval()
-    assert len(list(islice(generate_tokens(model, [1, 2], SamplingParams(), seeded(), 2), 5))) == 5
+    assert len(list(islice(generate_tokens(model, [1, 2], SamplingParams(), cpu_generator(), 2), 5))) == 5
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def script_tokens(monkeypatch, *rows: list[int]) -> None:
 
 def streamed(max_tokens: int, n_samples: int) -> list[list[str | None]]:
     params = SamplingParams(max_tokens=max_tokens)
-    return [*stream_text(bytes_model(), BYTES, [BYTES.end_of_text], params, seeded(), n_samples)]
+    return [*stream_text(bytes_model(), BYTES, [BYTES.end_of_text], params, cpu_generator(), n_samples)]
 
 
 def test_text_is_streamed_in_whole_characters(monkeypatch):
@@ -229,27 +229,27 @@ def test_samples_end_after_max_tokens(monkeypatch):
 def test_streamed_text_equals_decoded_tokens():
     """The text is that of `generate_tokens` with the same parameters and seed."""
     model, params = bytes_model(), SamplingParams(max_tokens=40, temperature=1.3, top_k=50, top_p=0.9)
-    tokens = torch.stack([*islice(generate_tokens(model, [256, 65], params, seeded(5), 3), 40)]).t().tolist()
+    tokens = torch.stack([*islice(generate_tokens(model, [256, 65], params, cpu_generator(5), 3), 40)]).t().tolist()
     expected = []
     for row in tokens:
         ends = [i for i, token in enumerate(row) if token >= BYTES.end_of_text]
         expected.append(BYTES.decode(row[: min(ends, default=40)]))
-    pieces = [*stream_text(model, BYTES, [256, 65], params, seeded(5), 3)]
+    pieces = [*stream_text(model, BYTES, [256, 65], params, cpu_generator(5), 3)]
     assert ["".join(piece or "" for piece in sample) for sample in zip(*pieces, strict=True)] == expected
 
 
 def test_generation_does_not_change_a_model_in_training():
     """Dropout is off, the mode is restored between tokens, and torch's random state is not used."""
-    model, evaluated = bytes_model(dropout=0.5), bytes_model()
+    model, eval_model = bytes_model(dropout=0.5), bytes_model()
     params = SamplingParams(temperature=0, max_tokens=30)
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     pieces = []
-    for piece in stream_text(model, BYTES, [256, 65], params, seeded()):
+    for piece in stream_text(model, BYTES, [256, 65], params, cpu_generator()):
         assert all(module.training for module in model.modules())
         pieces.append(piece)
-    assert pieces == [*stream_text(evaluated, BYTES, [256, 65], params, seeded())]
+    assert pieces == [*stream_text(eval_model, BYTES, [256, 65], params, cpu_generator())]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()  # the model can still be trained

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, error_of
 
 from minigpt.chat import encode_chat
-from minigpt.shards import INCOMPLETE
+from minigpt.shards import PROGRESS_FILE
 from minigpt.tokenizer import load_tokenizer
 
 SCRIPT = "prepare_dolly.py"
@@ -82,7 +82,7 @@ def meta(folder: Path) -> dict:
 
 
 def counts(folder: Path) -> tuple[int, int, int]:
-    return tuple(meta(folder)[key] for key in ("shortened", "dropped", "skipped_empty"))
+    return tuple(meta(folder)[key] for key in ("truncated", "dropped", "skipped_empty"))
 
 
 # ---- the dataset -----------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_all_conversations_are_read_back_and_described_in_meta_json(prepare, tmp
     )
     found = meta(out)
     assert (found["kind"], found["vocab_size"], found["block_size"]) == ("chat", BYTES.chat_vocab_size, 1024)
-    assert (found["shortened"], found["dropped"], found["skipped_empty"]) == (0, 0, 0)
+    assert (found["truncated"], found["dropped"], found["skipped_empty"]) == (0, 0, 0)
     for split in SPLITS:
         both = encoded(out, split)
         assert found[split]["documents"] == len(both) > 0
@@ -275,7 +275,7 @@ def test_an_interrupted_run_is_completed(prepare, tmp_path):
     prepare([])
     out = tmp_path / "out"
     whole = contents(out)
-    (out / "meta.json").rename(out / INCOMPLETE)
+    (out / "meta.json").rename(out / PROGRESS_FILE)
     (out / "train_tokens.npy").write_bytes(b"half")
     (out / "val_loss_mask.npy.tmp").write_bytes(b"half")
     prepare([])
@@ -326,7 +326,7 @@ def test_truncated_and_skipped_records_are_counted_and_printed(prepare, tmp_path
     assert counts(tmp_path / "out") == (1, 2, 3)
     assert len(conversations(tmp_path / "out")) == len(RECORDS) + 1
     assert done.stdout.splitlines()[2] == (
-        "out: 46 records, 1 truncated to 100 tokens, 2 dropped for an answer longer than that, 3 without an answer"
+        "out: 46 records, 1 truncated to 100 tokens, 2 dropped (answer too long), 3 skipped (empty answer)"
     )
 
 
@@ -523,7 +523,10 @@ def test_a_record_that_cannot_be_used_is_named(prepare, tmp_path, record, messag
     ("records", "message"),
     [
         ([], r"the source has 0 usable conversations \(0 records, .*\), but each split needs one"),
-        ([{"instruction": "", "response": ""}], r"the source has 0 usable .*\(1 records, .* 1 without an answer\)"),
+        (
+            [{"instruction": "", "response": ""}],
+            r"the source has 0 usable .*\(1 records, .* 1 skipped (empty answer)\)",
+        ),
         (
             [{"instruction": "Who?", "response": "y" * 2000}],
             r"the source has 0 usable .*\(1 records, .* 1 dropped for an answer longer",

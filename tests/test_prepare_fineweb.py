@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from conftest import error_of
 
-from minigpt.shards import INCOMPLETE, is_validation
+from minigpt.shards import PROGRESS_FILE, is_validation
 from minigpt.tokenizer import load_tokenizer
 
 SCRIPT = "prepare_fineweb.py"
@@ -113,7 +113,7 @@ def test_an_interrupted_run_is_completed(prepare, tmp_path):
     prepare(out="whole", shard_tokens=700)
     prepare(shard_tokens=700)
     out = tmp_path / "out"
-    (out / "meta.json").rename(out / INCOMPLETE)
+    (out / "meta.json").rename(out / PROGRESS_FILE)
     (out / "train_000000.npy").write_bytes(b"half")
     (out / "train_000099.npy").write_bytes(b"from a longer run")
     (out / "val_000001.npy.tmp").write_bytes(b"half")

@@ -14,14 +14,14 @@ DRAWS = 3000
 few_examples = settings(max_examples=40, deadline=None)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def cpu_generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def draw(logits: list[float], temperature=1.0, top_k=None, top_p=1.0, n: int = DRAWS, seed: int = 0) -> Tensor:
     """Return `n` independent draws from the same logits."""
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    return sample_token(torch.tensor([logits]).expand(n, -1), params, seeded(seed))
+    return sample_token(torch.tensor([logits]).expand(n, -1), params, cpu_generator(seed))
 
 
 def allowed_tokens(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> set[int]:
@@ -85,15 +85,15 @@ def test_top_p_of_one_allows_every_token():
     """The rounding of a cumulative sum excludes no token, however small its probability."""
     logits = torch.zeros(1, 50_257)
     logits[0, 0] = 20.0
-    draws = sample_token(logits.expand(64, -1), SamplingParams(temperature=100.0, top_k=None, top_p=1.0), seeded())
+    draws = sample_token(logits.expand(64, -1), SamplingParams(temperature=100.0, top_k=None), cpu_generator())
     assert draws.max() > 49_000
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.01])
 def test_every_row_has_its_own_distribution(temperature):
-    logits = torch.randn(64, 11, generator=seeded())
+    logits = torch.randn(64, 11, generator=cpu_generator())
     assert torch.equal(
-        sample_token(logits, SamplingParams(temperature=temperature, top_k=None), seeded()),
+        sample_token(logits, SamplingParams(temperature=temperature, top_k=None), cpu_generator()),
         logits.argmax(dim=-1),
     )
 
@@ -111,17 +111,17 @@ def test_draws_depend_on_the_generator_only():
 
 def test_draws_equal_multinomial():
     """With the same generator, torch.multinomial draws the same tokens."""
-    logits = torch.randn(DRAWS, 50, generator=seeded())
+    logits = torch.randn(DRAWS, 50, generator=cpu_generator())
     ordered, tokens = (logits / 0.7).topk(20)
-    expected = tokens.gather(1, torch.multinomial(ordered.softmax(dim=1), 1, generator=seeded())).squeeze(1)
-    assert torch.equal(sample_token(logits, SamplingParams(temperature=0.7, top_k=20, top_p=1.0), seeded()), expected)
+    expected = tokens.gather(1, torch.multinomial(ordered.softmax(dim=1), 1, generator=cpu_generator())).squeeze(1)
+    assert torch.equal(sample_token(logits, SamplingParams(temperature=0.7, top_k=20), cpu_generator()), expected)
 
 
 def test_half_precision_logits_are_sampled_in_float32():
-    logits = torch.randn(DRAWS, 50, generator=seeded()).to(torch.bfloat16)
+    logits = torch.randn(DRAWS, 50, generator=cpu_generator()).to(torch.bfloat16)
     params = SamplingParams(temperature=0.7, top_k=20, top_p=0.9)
-    drawn = sample_token(logits, params, seeded())
-    assert torch.equal(drawn, sample_token(logits.float(), params, seeded())) and drawn.dtype == torch.int64
+    drawn = sample_token(logits, params, cpu_generator())
+    assert torch.equal(drawn, sample_token(logits.float(), params, cpu_generator())) and drawn.dtype == torch.int64
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"max_tokens": 0}])

@@ -13,7 +13,7 @@ from minigpt import shards
 from minigpt.cli import UserError
 from minigpt.shards import (
     FORMAT_VERSIONS,
-    INCOMPLETE,
+    PROGRESS_FILE,
     ShardWriter,
     begin_dataset,
     finish_dataset,
@@ -114,14 +114,14 @@ def test_the_split_depends_on_the_document_only():
 def test_a_new_folder_is_created_and_marked_incomplete(tmp_path):
     folder = tmp_path / "deep" / "data"
     assert begin_dataset(folder, META) is not None
-    assert [file.name for file in folder.iterdir()] == [INCOMPLETE]
-    assert json.loads((folder / INCOMPLETE).read_text()) == META | {"progress": {}}
+    assert [file.name for file in folder.iterdir()] == [PROGRESS_FILE]
+    assert json.loads((folder / PROGRESS_FILE).read_text()) == META | {"progress": {}}
 
 
 def test_a_complete_dataset_is_not_changed(tmp_path):
     folder = make_dataset(tmp_path / "data")
     before = contents(folder)
-    assert INCOMPLETE not in before and "meta.json" in before
+    assert PROGRESS_FILE not in before and "meta.json" in before
     assert begin_dataset(folder, META) is None
     assert contents(folder) == before
 
@@ -138,24 +138,24 @@ def test_another_complete_dataset_is_refused(tmp_path):
 
 def test_leftovers_of_an_interrupted_run_are_removed(tmp_path):
     folder = make_dataset(tmp_path / "data")
-    (folder / "meta.json").rename(folder / INCOMPLETE)
+    (folder / "meta.json").rename(folder / PROGRESS_FILE)
     for name in ("train_000007.npy", "val_000000.npy.tmp"):
         (folder / name).write_bytes(b"half")
-    (folder / INCOMPLETE).write_text(json.dumps(META))
+    (folder / PROGRESS_FILE).write_text(json.dumps(META))
     assert begin_dataset(folder, META) is not None
-    assert [file.name for file in folder.iterdir()] == [INCOMPLETE]
+    assert [file.name for file in folder.iterdir()] == [PROGRESS_FILE]
     assert begin_dataset(folder, META | {"tokenizer": "gpt2"}) == {}  # no shard was finished, so nothing is lost
-    (folder / INCOMPLETE).write_text(json.dumps(META | {"progress": {"position": 3}}))
+    (folder / PROGRESS_FILE).write_text(json.dumps(META | {"progress": {"position": 3}}))
     assert begin_dataset(folder, META) == {"position": 3}
     assert begin_dataset(folder, META | {"tokenizer": "gpt2"}) == {}  # progress of another dataset does not count
-    assert json.loads((folder / INCOMPLETE).read_text())["tokenizer"] == "gpt2"
+    assert json.loads((folder / PROGRESS_FILE).read_text())["tokenizer"] == "gpt2"
 
 
 def test_another_incomplete_dataset_is_refused(tmp_path):
     """Its shards may be hours of work."""
     folder = make_dataset(tmp_path / "data")
     (folder / "meta.json").unlink()
-    (folder / INCOMPLETE).write_text(json.dumps(META | {"tokenizer": "gpt2"}))
+    (folder / PROGRESS_FILE).write_text(json.dumps(META | {"tokenizer": "gpt2"}))
     before = contents(folder)
     with pytest.raises(UserError, match="another, incomplete dataset"):
         begin_dataset(folder, META)
@@ -164,7 +164,7 @@ def test_another_incomplete_dataset_is_refused(tmp_path):
 
 def test_a_dataset_with_meta_json_is_complete(tmp_path):
     folder = make_dataset(tmp_path / "data")
-    (folder / INCOMPLETE).write_text("{}")  # as if interrupted between the two
+    (folder / PROGRESS_FILE).write_text("{}")  # as if interrupted between the two
     assert begin_dataset(folder, META) is None
     assert read_meta(folder, "text")["tokenizer"] == "bytes"
 
@@ -196,7 +196,7 @@ def test_a_dataset_is_read_back(tmp_path):
 
 
 def mark_incomplete(folder: Path) -> None:
-    (folder / "meta.json").rename(folder / INCOMPLETE)
+    (folder / "meta.json").rename(folder / PROGRESS_FILE)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def mark_incomplete(folder: Path) -> None:
     [
         (mark_incomplete, "text", "is incomplete: run prepare_fineweb.py again"),
         (mark_incomplete, "chat", "is incomplete: run prepare_dolly.py again"),
-        (lambda folder: None, "chat", "holds text data, not chat: create that with prepare_dolly.py"),
+        (lambda folder: None, "chat", "holds text data, not chat: create one with prepare_dolly.py"),
         (
             lambda folder: change_meta(folder, version=99),
             "text",

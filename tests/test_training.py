@@ -167,7 +167,7 @@ def test_every_shape_is_compiled_as_one_graph(monkeypatch):
 # ---- the size of a micro-batch -------------------------------------------------------------------------------------
 
 
-def choose(
+def choose_size(
     micro_batch_size: int | None, saved_flags: dict, rows: int = 24, procs: Processes = ALONE, block_size: int = 1024
 ):
     data = SimpleNamespace(block_size=block_size)
@@ -177,12 +177,12 @@ def choose(
 
 def test_the_size_of_a_micro_batch():
     """The flag; else the saved size, if it divides; else a power of two that divides, about 4,096 tokens."""
-    assert choose(3, {"micro_batch_size": 8}) == 3
-    assert choose(None, {"micro_batch_size": 6}) == 6
-    assert choose(None, {"micro_batch_size": 7}) == choose(None, {}) == 4
-    assert choose(None, {}, procs=replace(ALONE, world_size=12)) == 2
-    assert choose(None, {}, rows=64, block_size=64) == 64
-    assert choose(None, {}, rows=3) == choose(None, {}, block_size=9999) == 1
+    assert choose_size(3, {"micro_batch_size": 8}) == 3
+    assert choose_size(None, {"micro_batch_size": 6}) == 6
+    assert choose_size(None, {"micro_batch_size": 7}) == choose_size(None, {}) == 4
+    assert choose_size(None, {}, procs=replace(ALONE, world_size=12)) == 2
+    assert choose_size(None, {}, rows=64, block_size=64) == 64
+    assert choose_size(None, {}, rows=3) == choose_size(None, {}, block_size=9999) == 1
 
 
 class OutOfMemory(GPT):

@@ -66,7 +66,7 @@ def test_corrupt_checkpoints_are_listed_and_fail(run_script, fails, pretrained, 
     assert found[2] == "corrupt: train_state.safetensors is missing"
     assert found[4] == "best, whole" and found[5].startswith("meta.json is corrupt: ")
     assert found[1::6] == ["best, whole", "best, whole"] and found[6] == "whole"
-    assert done.stderr == "error: 3 of 8 are corrupt: delete them; training skips such checkpoints\n"
+    assert done.stderr == "error: 3 of 8 are corrupt: delete them, and prepare datasets again\n"
     assert "nowhere: no such folder" in fails(SCRIPT, "nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoints" in fails(SCRIPT, tmp_path / "empty")
@@ -85,8 +85,8 @@ def test_every_file_of_a_dataset_is_compared_with_its_checksum(run_script, reque
     done = run_script(SCRIPT, "data", *names, expect=2)
     expected = {name: f"{name} is corrupt: its checksum is wrong; delete {name} and prepare it again" for name in names}
     assert states(done) == {"data": "whole"} | expected and len(names) >= 3
-    assert done.stderr == f"error: {len(names)} of {len(names) + 1} are corrupt: delete them; " + (
-        "training skips such checkpoints\n"
+    assert (
+        done.stderr == f"error: {len(names)} of {len(names) + 1} are corrupt: delete them, and prepare datasets again\n"
     )
 
 
