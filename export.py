@@ -44,7 +44,7 @@ def main(config: Config) -> None:
             write_files(Path(folder), loaded)
             atomic_rename(Path(folder), out)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from None
+        raise UserError(f"--out {out} could not be written: {error}") from None
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(f"exported {loaded.source} to {out}: {loaded.model.config.num_parameters:,} parameters, {size:,.1f} MB")
     print(f"serve it with: transformers serve {shlex.quote(str(out))} (other uses: docs/integrations.md)")

@@ -177,7 +177,8 @@ def print_summary(config: Config, data: TokenDataset, model: GPT, batch_size: in
         f"data       {config.data}: {n_rows:,} rows of {data.block_size} tokens, tokenizer {data.tokenizer.name};"
         f" {config.steps * batch_size / n_rows:.2f} epochs"
     )
-    training.print_model_and_batch(config, config.model, model, procs, batch_size)
+    name = "custom" if config.n_layer or config.n_head or config.n_embd or config.block_size else config.model
+    training.print_model_and_batch(config, name, model, procs, batch_size)
 
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], seed: int) -> list[dict]:

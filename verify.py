@@ -29,8 +29,8 @@ class Config:
 
 def main(config: Config) -> None:
     folders = [found for path in config.paths for found in find_folders(Path(path))]
-    runs = {folder.parent for folder in folders}
-    best = {checkpoint.find_best(run) for run in runs if checkpoint.list_checkpoints(run)}
+    runs = {folder.parent for folder in folders if is_checkpoint(folder) and checkpoint.list_checkpoints(folder.parent)}
+    best = {folder for folder in map(checkpoint.find_best, runs) if checkpoint.read_val_loss(folder) < math.inf}
     n_files = {folder: sum(1 for _ in folder.iterdir()) for folder in folders}
     progress = Progress(sum(n_files.values()), "file", enabled=sys.stderr.isatty())  # elsewhere the table is enough
     print_line = progress.print if progress.enabled else print

@@ -57,7 +57,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] | None = resumable(None)
     """Precision of the matrix products; default: bfloat16 on GPUs that support it, else float32."""
     compile: bool = resumable(default_factory=torch.cuda.is_available)
-    """Compile the model; the first step then takes about a minute. Default: on a GPU."""
+    """Compile the model, by default on a GPU; the first step then takes about a minute."""
     deterministic: bool = resumable(False)
     """Use deterministic GPU kernels only: slower, but a resumed run equals an uninterrupted one bit for bit."""
 

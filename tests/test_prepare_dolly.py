@@ -268,7 +268,7 @@ def test_prepared_folders_stay_valid(prepare, tmp_path):
     """The same bytes as earlier versions, meta.json included: a change would make everyone prepare their data again."""
     prepare([{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, FINE]}])
     whole = b"".join(data for name, data in sorted(contents(tmp_path / "out").items()) if name != ".lock")
-    assert hashlib.sha256(whole).hexdigest() == "9a0309a864d4fc0a1ad21ab3ca5be4ac92fa423fce2ccec59458f629d7f2f404"
+    assert hashlib.sha256(whole).hexdigest() == "0d425ca4e8060748fe61fd5d215c93bc09e871b07e2a6f377f757d030b5154ad"
 
 
 def test_an_interrupted_run_is_completed(prepare, tmp_path):
@@ -525,11 +525,11 @@ def test_a_record_that_cannot_be_used_is_named(prepare, tmp_path, record, messag
         ([], r"the source has 0 usable conversations \(0 records, .*\), but each split needs one"),
         (
             [{"instruction": "", "response": ""}],
-            r"the source has 0 usable .*\(1 records, .* 1 skipped (empty answer)\)",
+            r"the source has 0 usable .*\(1 records, .* 1 skipped \(empty answer\)\)",
         ),
         (
             [{"instruction": "Who?", "response": "y" * 2000}],
-            r"the source has 0 usable .*\(1 records, .* 1 dropped for an answer longer",
+            r"the source has 0 usable .*\(1 records, .* 1 dropped \(answer too long",
         ),
         (RECORDS[:1], r"the source has 1 usable conversations \(1 records, "),
         (RECORDS[:2], "none of the 2 conversations fell into the val split at --val_fraction 0.2: use a larger one"),
