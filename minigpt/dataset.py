@@ -219,7 +219,7 @@ class ChatDataset(Dataset):
                 targets[b, span] = np.where(loss_mask[begin + 1 : end], next_tokens, IGNORE_INDEX)
                 positions[b, span] = np.arange(end - begin - 1)
                 used = span.stop
-            positions[b, used:] = np.arange(self.block_size - used)  # the padding is a document of its own
+            positions[b, used:] = np.arange(self.block_size - used)  # the padding is a separate document
         self.check_tokens(max(int(inputs.max()), int(targets.max())), self.tokenizer.chat_vocab_size)
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions))
 

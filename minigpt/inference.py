@@ -109,7 +109,7 @@ class CUDAGraphStep:
         self.cache, device = cache, cache.keys.device
         self.tokens = torch.zeros(cache.keys.size(1), 1, dtype=torch.long, device=device)  # (n_samples, 1)
         self.position = torch.full((1,), cache.length, device=device)
-        # A stream of its own: a graph keeps the cuBLAS workspace of its stream (pytorch issue 193402).
+        # A separate stream: a graph keeps the cuBLAS workspace of its stream (pytorch issue 193402).
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # warmup: the first call of a library initialises it, which cannot be captured

@@ -78,7 +78,7 @@ def test_scripts_run_in_any_folder(run_script, tmp_path, script):
 
 @pytest.mark.parametrize("script", DISTRIBUTED_SCRIPTS)
 def test_torchrun_swallows_no_flag(script):
-    """torchrun up to Python 3.11 takes a flag of ours that is a prefix of one of its own."""
+    """Up to Python 3.11, torchrun consumes a script flag that is a prefix of one of its flags."""
     fields = importlib.import_module(script).Config.__dataclass_fields__
     flags = [f"--{prefix}{name}" for name in fields for prefix in ("", "no_")]
     parser: argparse.ArgumentParser = get_args_parser()
