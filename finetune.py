@@ -101,7 +101,7 @@ def main(config: Config) -> None:
         run.save_and_exit(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
-        print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --chat")
+        print(f"next: python {cli.script_path('generate.py')} --checkpoint {shlex.quote(str(run.folder))} --chat")
     procs.close()
 
 
@@ -117,9 +117,11 @@ def check_config(config: Config) -> None:
 def check_tokenizer(config: Config, initial: PretrainedModel, data: ChatDataset) -> None:
     """Raise `UserError` if model and data have different tokenizers."""
     if initial.tokenizer.name != data.tokenizer.name:
+        name = initial.tokenizer.name
+        fix = initial.source if name.startswith("bpe-") else name  # a checkpoint contains its trained vocabulary
         raise UserError(
-            f"{config.data} has {data.tokenizer.name} tokens, {initial.source} has {initial.tokenizer.name} tokens: run"
-            f" prepare_dolly.py with --tokenizer {initial.tokenizer.name}"
+            f"{config.data} has {data.tokenizer.name} tokens, {initial.source} has {name} tokens: run prepare_dolly.py"
+            f" with --tokenizer {fix}"
         )
 
 

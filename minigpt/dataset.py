@@ -117,7 +117,7 @@ class Dataset:
     def __init__(self, folder: str | Path, block_size: int):
         self.folder, self.block_size = Path(folder), block_size
         self.meta = read_meta(self.folder, self.kind)
-        self.tokenizer = load_tokenizer(self.meta.get("tokenizer", ""))
+        self.tokenizer = load_tokenizer(self.meta.get("tokenizer", ""), self.folder)
         self.arrays = open_arrays(self.folder, self.meta)
         self.n_rows: dict[str, int] = {}
         identity = [self.kind, self.meta["tokenizer"], *(self.meta[split]["files"] for split in SPLITS)]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from minigpt.checkpoint import find_best, list_checkpoints, load_model, read_meta
 from minigpt.cli import UserError
-from minigpt.files import read_json
-from minigpt.tokenizer import CHAT_TOKENS, TOKENIZER_NAMES, Tokenizer, load_tokenizer
+from minigpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, read_tokenizer
 from model import GPT, GPTConfig
 
 # Settings of transformers' GPT2Config that this model implements.
@@ -59,7 +58,7 @@ def load_pretrained(source: str | None) -> PretrainedModel:
     if (folder / "meta.json").is_file():
         meta = read_meta(folder)
         history = [*meta.get("history", []), {key: meta.get(key) for key in ("source", "step", "metrics", "config")}]
-        return from_parts(load_model(folder, meta), load_tokenizer(meta["tokenizer"]), str(folder), history)
+        return from_parts(load_model(folder, meta), load_tokenizer(meta["tokenizer"], folder), str(folder), history)
     is_path = folder.is_dir() or source.count("/") > 1 or source.startswith((".", "/", "runs/"))
     if is_path and not (folder / "config.json").is_file():
         raise UserError(
@@ -67,9 +66,7 @@ def load_pretrained(source: str | None) -> PretrainedModel:
             " GPT-2 folder or a hub id"
         )
     model = load_hf(source)
-    loaded = from_parts(model, guess_tokenizer(model.config.vocab_size), source, [{"source": source}])
-    check_hf_tokenizer(loaded)
-    return loaded
+    return from_parts(model, find_tokenizer(source, model.config.vocab_size), source, [{"source": source}])
 
 
 def from_parts(model: GPT, tokenizer: Tokenizer, source: str, history: list[dict]) -> PretrainedModel:
@@ -86,37 +83,17 @@ def from_parts(model: GPT, tokenizer: Tokenizer, source: str, history: list[dict
     return PretrainedModel(model, tokenizer, size == chat_size, source, history)
 
 
-def guess_tokenizer(vocab_size: int) -> Tokenizer:
-    """Return the tokenizer with this vocabulary size, with or without chat tokens; gpt2 if there is none."""
-    for name in reversed(TOKENIZER_NAMES):  # bytes needs no download
-        tokenizer = load_tokenizer(name)
-        if vocab_size in (tokenizer.vocab_size, tokenizer.chat_vocab_size):
-            break
-    return tokenizer
+def find_tokenizer(source: str, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a Hugging Face folder or hub id: its tokenizer.json.
 
-
-def check_hf_tokenizer(loaded: PretrainedModel) -> None:
-    """Compare the tokenizer.json of a Hugging Face folder or hub id with our tokenizer.
-
-    Raises `UserError` if they differ. Without tokenizer.json nothing is checked.
+    Without one, it is the built-in vocabulary of that size. Raises `UserError` if the file is corrupt or not supported.
     """
     try:
-        file = find_hf_file(loaded.source, "tokenizer.json")
+        file = find_hf_file(source, TOKENIZER_FILE)
     except UserError:
-        return
-    content, tokenizer = read_json(file), loaded.tokenizer
-    try:
-        vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
-    except (KeyError, TypeError):
-        raise UserError(f"{file} is corrupt: it has no vocabulary") from None
-    # Compare tokens of printable ASCII, which the file stores as they are; other bytes are stored in an encoding.
-    tokens = ((tokenizer.token_bytes(token), token) for token in range(tokenizer.end_of_text))
-    ours = {text.decode(): token for text, token in tokens if all(0x21 <= byte <= 0x7E for byte in text)}
-    if not ours.items() <= vocab.items():
-        raise UserError(f"{loaded.source} has other tokens than {tokenizer.name}, the tokenizer of its vocabulary size")
-    special = {token: tokenizer.vocab_size + i for i, token in enumerate(CHAT_TOKENS)} if loaded.is_chat else {}
-    if not special.items() <= vocab.items():
-        raise UserError(f"{loaded.source} has another chat format: it lacks {', '.join(CHAT_TOKENS)}")
+        tokenizer = load_tokenizer("bytes")  # needs no download
+        return tokenizer if vocab_size in (tokenizer.vocab_size, tokenizer.chat_vocab_size) else load_tokenizer("gpt2")
+    return read_tokenizer(file, vocab_size)
 
 
 def load_hf(source: str | Path) -> GPT:

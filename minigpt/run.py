@@ -44,7 +44,7 @@ class Run:
     def __init__(self, config: Any, data: Dataset, procs: Processes, history: Sequence[dict] = ()):
         self.folder, self.config, self.procs = Path(config.out), config, procs
         self.history, self.source = list(history), data.meta.get("source", {})
-        self.tokenizer, self.log_file = data.tokenizer.name, self.folder / "log.jsonl"
+        self.tokenizer, self.log_file = data.tokenizer, self.folder / "log.jsonl"
         self.identity = {
             field.name: getattr(config, field.name) for field in fields(config) if "resumable" not in field.metadata
         }
@@ -117,7 +117,6 @@ class Run:
         if self.procs.is_main:
             meta = {
                 "step": step,
-                "tokenizer": self.tokenizer,
                 "metrics": metrics,
                 "identity": self.identity,
                 "config": asdict(self.config),
@@ -125,7 +124,8 @@ class Run:
                 "history": self.history,
             }
             folder = self.folder / f"step_{step:06d}"
-            checkpoint.save(folder, model, checkpoint.optimizer_state_dict(model, optimizer), meta)
+            train_state = checkpoint.optimizer_state_dict(model, optimizer)
+            checkpoint.save(folder, model, self.tokenizer, train_state, meta)
             checkpoint.prune(self.folder, self.config.keep)
         self.procs.barrier()
 

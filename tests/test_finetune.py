@@ -14,6 +14,7 @@ from minigpt import checkpoint
 from minigpt.dataset import ChatDataset
 from minigpt.distributed import Processes
 from minigpt.pretrained import load_pretrained, save_hf
+from minigpt.tokenizer import load_tokenizer
 from minigpt.training import validate
 from model import GPT, IGNORE_INDEX, GPTConfig
 
@@ -148,7 +149,7 @@ def test_bad_inits(fails, pretrained, chat_data, text_data, tmp_path):
     assert "corrupt or truncated" in fails(*args, "--init", "./cut")
 
     small = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
-    checkpoint.save(tmp_path / "small" / "step_000001", small, {}, {"step": 1, "tokenizer": "bytes"})
+    checkpoint.save(tmp_path / "small" / "step_000001", small, load_tokenizer("bytes"), {}, {"step": 1})
     sizes = ("--batch_tokens", 256, "--micro_batch_size", 8)
     assert "the model's context is 16" in fails(*args, *sizes, "--init", "./small")
     assert "holds text data, not chat" in fails(*args, "--init", pretrained, "--data", text_data)

@@ -13,8 +13,8 @@ from test_checkpoint import error_message, failing, save_checkpoint, tiny_model,
 from test_model import SMALL, assert_close, random_tokens, small_model
 
 from minigpt.cli import UserError
-from minigpt.pretrained import PretrainedModel, check_hf_tokenizer, load_hf, load_pretrained, save_hf
-from minigpt.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
+from minigpt.pretrained import load_hf, load_pretrained, save_hf
+from minigpt.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
 # ---- load_pretrained: any source -------------------------------------------------------------------------------------
@@ -62,14 +62,16 @@ def test_chat_model_is_detected_by_its_vocabulary(run):
 
 
 @pytest.mark.parametrize(
-    ("meta", "message"),
+    ("name", "message"),
     [
-        ({}, "has a vocabulary of 99 tokens; bytes has 257, or 261 with chat tokens"),
-        ({"tokenizer": "morse"}, "no tokenizer 'morse'"),
+        ("bytes", "has a vocabulary of 99 tokens; bytes has 257, or 261 with chat tokens"),
+        ("morse", "tokenizer.json is missing, the vocabulary morse"),
     ],
 )
-def test_tokenizer_of_another_size_is_rejected(run, meta, message):
-    save_checkpoint(run / "step_000001", tiny_model(vocab_size=99), **meta)
+def test_tokenizer_of_another_size_is_rejected(run, name, message):
+    save_checkpoint(run / "step_000001", tiny_model(vocab_size=99))
+    file = run / "step_000001" / "meta.json"
+    file.write_text(file.read_text().replace('"tokenizer": "bytes"', f'"tokenizer": "{name}"'))
     assert message in error_message(load_pretrained, str(run))
 
 
@@ -121,42 +123,28 @@ def test_corrupt_hugging_face_folder_is_rejected(tmp_path):
     assert "has no model.safetensors" in error_message(load_pretrained, str(tmp_path / "hf"))
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, **changes: int | None) -> None:
-    """Write a tokenizer.json of printable and chat tokens. `changes` replaces ids; None removes a token."""
-    tokens = ((tokenizer.token_bytes(token), token) for token in range(tokenizer.end_of_text))
-    vocab = {text.decode(): token for text, token in tokens if text.isascii() and text.decode().isprintable()}
-    vocab |= {token: tokenizer.vocab_size + i for i, token in enumerate(CHAT_TOKENS)} | changes
-    vocab = {text: token for text, token in vocab.items() if token is not None}
-    added = [{"content": text, "id": token} for text, token in vocab.items() if text in CHAT_TOKENS]
-    text_vocab = {text: token for text, token in vocab.items() if text not in CHAT_TOKENS}
-    content = {"model": {"vocab": text_vocab}, "added_tokens": added}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("old", "new", "message"),
     [
-        ({}, None),
-        ({"a": 98, "b": 97}, "has other tokens than bytes"),
-        ({"a": None}, "has other tokens than bytes"),
-        ({"<|end|>": None}, "has another chat format: it lacks <|system|>, <|user|>, <|assistant|>, <|end|>"),
-        ({"<|end|>": 999}, "has another chat format"),
+        ("", "", None),
+        ('"a": 97', '"a": 98', "its ids have gaps"),
+        ('"<|end|>"', '"<|stop|>"', "has another chat format: it lacks <|system|>, <|user|>, <|assistant|>, <|end|>"),
+        ('"id": 260', '"id": 999', "has another chat format"),
     ],
 )
 @pytest.mark.parametrize("is_chat", [True, False])
-def test_tokenizer_of_a_hugging_face_folder_is_compared(tmp_path, changes, message, is_chat):
+def test_tokenizer_of_a_hugging_face_folder_is_read(tmp_path, old, new, message, is_chat):
     """The chat tokens are compared for a chat model only."""
     tokenizer = load_tokenizer("bytes")
     loaded = load_pretrained(str(make_model(tmp_path / "run", tokenizer, chat=is_chat)))
     save_hf(loaded.model, tmp_path / "hf")
-    loaded = load_pretrained(str(tmp_path / "hf"))  # without tokenizer.json nothing is compared
-    assert loaded.is_chat == is_chat
-    write_tokenizer(tmp_path / "hf", tokenizer, **changes)
+    loaded = load_pretrained(str(tmp_path / "hf"))  # without tokenizer.json, the size decides
+    assert loaded.is_chat == is_chat and loaded.tokenizer.name == "bytes"
+    (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer.to_json(chat=True).replace(old, new))
     if message is None or ("chat" in message and not is_chat):
-        check_hf_tokenizer(loaded)
-        assert load_pretrained(str(tmp_path / "hf")).is_chat == is_chat
+        loaded = load_pretrained(str(tmp_path / "hf"))
+        assert loaded.is_chat == is_chat and loaded.tokenizer.name == "bytes"
     else:
-        assert message in error_message(check_hf_tokenizer, loaded)
         assert message in error_message(load_pretrained, str(tmp_path / "hf"))
 
 
@@ -164,8 +152,7 @@ def test_tokenizer_of_a_hugging_face_folder_is_compared(tmp_path, changes, messa
 def test_corrupt_tokenizer_file_is_rejected(tmp_path, text):
     save_hf(tiny_model(), tmp_path)
     (tmp_path / "tokenizer.json").write_text(text)
-    loaded = PretrainedModel(tiny_model(), load_tokenizer("bytes"), False, str(tmp_path), [])
-    assert "tokenizer.json is corrupt" in error_message(check_hf_tokenizer, loaded)
+    assert "tokenizer.json is corrupt" in error_message(load_pretrained, str(tmp_path))
 
 
 # ---- load_hf and save_hf ---------------------------------------------------------------------------------------------
