@@ -1,6 +1,9 @@
-"""A model from any source: a run, a checkpoint, a Hugging Face GPT-2 folder or a hub id; and back to a folder."""
+"""A model from any source: a run, a checkpoint, a Hugging Face GPT-2 folder, a hub id or nanoGPT's ckpt.pt; and back to
+a Hugging Face folder."""
 
 import json
+import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,6 @@ from model import GPT, GPTConfig
 # Settings of transformers' GPT2Config that this model implements.
 SUPPORTED = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -25,6 +27,8 @@ SUPPORTED = {
     "add_cross_attention": False,
 }
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields with the same name in GPTConfig and GPT2Config
+ACTIVATIONS = {"tanh": "gelu_new", "none": "gelu"}  # names of both GELUs in GPTConfig and GPT2Config
+NANOGPT_ARGS = {"block_size", *SIZES, "bias", "dropout"}  # the "model_args" of nanoGPT's ckpt.pt
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class PretrainedModel:
     Attributes:
         tokenizer: the tokenizer it was trained with.
         is_chat: whether it was finetuned for the chat format.
-        source: the folder or hub id.
+        source: the folder, file or hub id.
         history: the training runs that produced it, oldest first: "source" of the data, "step", "metrics", and
             "config", the flags; {"source": SOURCE} only for weights that were trained elsewhere.
     """
@@ -47,8 +51,9 @@ class PretrainedModel:
 
 
 def load_pretrained(source: str | None) -> PretrainedModel:
-    """Load a model from a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder, or a hub id.
+    """Load a model from a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id.
 
+    nanoGPT's `ckpt.pt`, or the folder that holds it, is loaded as well.
     None loads runs/dolly if it exists, else runs/gpt2. Raises `UserError` if the source does not exist or is corrupt.
     """
     source = source or ("runs/dolly" if list_checkpoints(Path("runs/dolly")) else "runs/gpt2")
@@ -59,6 +64,8 @@ def load_pretrained(source: str | None) -> PretrainedModel:
         meta = read_meta(folder)
         history = [*meta.get("history", []), {key: meta.get(key) for key in ("source", "step", "metrics", "config")}]
         return from_parts(load_model(folder, meta), load_tokenizer(meta["tokenizer"], folder), str(folder), history)
+    if folder.suffix == ".pt" or (folder / "ckpt.pt").exists():
+        return load_nanogpt(folder)
     is_path = folder.is_dir() or source.count("/") > 1 or source.startswith((".", "/", "runs/"))
     if is_path and not (folder / "config.json").is_file():
         raise UserError(
@@ -104,13 +111,9 @@ def load_hf(source: str | Path) -> GPT:
     config_file, weights_file = (find_hf_file(source, name) for name in ("config.json", "model.safetensors"))
     try:
         config = config_from_hf(json.loads(config_file.read_text()))
-        if weights_file.stat().st_size < 2 * config.num_parameters:  # before memory is allocated
-            raise ValueError(f"{weights_file.name} is too small for the model of {config_file.name}")
-        model = GPT(config)
-        model.load_state_dict(weights_from_hf(model, weights_file))
+        return build_model(config, weights_from_hf(weights_file), weights_file)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} is not a readable GPT-2: {' '.join(str(error).split())}") from None
-    return model
 
 
 def save_hf(model: GPT, folder: Path) -> None:
@@ -134,7 +137,7 @@ def config_to_hf(config: GPTConfig) -> dict:
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "activation_function": "gelu_new",
+        "activation_function": ACTIVATIONS[config.gelu],
         **{name: getattr(config, name) for name in SIZES},
         **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),  # n_ctx: for llama.cpp's converter
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
@@ -151,26 +154,45 @@ def config_from_hf(config: dict) -> GPTConfig:
             raise ValueError(f"{name} is {config[name]!r}; only {value!r} is supported")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise ValueError(f"n_inner is {config['n_inner']}; only 4 * n_embd is supported")
-    return GPTConfig(block_size=config.get("n_positions", 1024), **{name: config[name] for name in SIZES})
+    gelu = [name for name, hf_name in ACTIVATIONS.items() if config.get("activation_function", "gelu_new") == hf_name]
+    if not gelu:
+        raise ValueError(
+            f"activation_function is {config['activation_function']!r}; only 'gelu_new' and 'gelu' are supported"
+        )
+    sizes = {name: config[name] for name in SIZES}
+    return GPTConfig(block_size=config.get("n_positions", 1024), gelu=gelu[0], **sizes)
 
 
-def weights_from_hf(model: GPT, file: Path) -> dict[str, Tensor]:
+def weights_from_hf(file: Path) -> dict[str, Tensor]:
+    """Return the weights of a Hugging Face file in this model's layout. Raises `ValueError` if it is corrupt."""
     try:
         stored = {name.removeprefix("transformer."): weight for name, weight in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"{file.name} is corrupt: {error}") from None
+    return {name: weight.t() if is_linear(name) else weight for name, weight in stored.items()}
+
+
+def build_model(config: GPTConfig, stored: dict[str, Tensor], file: Path) -> GPT:
+    """Return a model with the stored weights, which have no padding. Other weights among them are ignored.
+
+    Raises `ValueError` if one is missing or has another shape.
+    """
+    if file.stat().st_size < config.num_parameters:  # before memory is allocated
+        raise ValueError(f"{file.name} is too small for the model of its configuration")
+    model = GPT(config)
     weights = {}
     for name, own in model.state_dict().items():
         if name not in stored:
             raise ValueError(f"{file.name} has no {name}")
-        weight = stored[name].t() if is_linear(name) else stored[name]
-        expected = (model.config.vocab_size, *own.shape[1:]) if name == "wte.weight" else tuple(own.shape)
+        weight = stored[name]
+        expected = (config.vocab_size, *own.shape[1:]) if name == "wte.weight" else tuple(own.shape)
         if tuple(weight.shape) != expected:
             raise ValueError(f"{name} in {file.name} has shape {tuple(weight.shape)}, expected {expected}")
         weights[name] = weight
-    padding = torch.zeros(model.config.padded_vocab_size - model.config.vocab_size, model.config.n_embd)
+    padding = torch.zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
     weights["wte.weight"] = torch.cat([weights["wte.weight"].float(), padding])
-    return weights
+    model.load_state_dict(weights)
+    return model
 
 
 def find_hf_file(source: str | Path, name: str) -> Path:
@@ -187,3 +209,75 @@ def find_hf_file(source: str | Path, name: str) -> Path:
     except Exception as error:  # the client raises many types: invalid name, unknown model, no network
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{source} is neither a folder nor a model on the hub: {reason}") from None
+
+
+def load_nanogpt(path: Path) -> PretrainedModel:
+    """Load nanoGPT's `ckpt.pt`, or that of a folder. Nothing in the file is executed.
+
+    nanoGPT has computed the exact GELU since June 2023. A model without biases gets biases of zero.
+    Raises `UserError` if the file is missing, corrupt, or not a GPT-2 with GPT-2's vocabulary.
+    """
+    file = path / "ckpt.pt" if path.is_dir() else path
+    content = read_pt(file)
+    try:
+        args, stored = content["model_args"], content["model"]
+        if args.keys() | {"dropout"} != NANOGPT_ARGS:  # another architecture
+            raise ValueError(f"its model_args are {', '.join(args)}, expected {', '.join(sorted(NANOGPT_ARGS))}")
+        if args["vocab_size"] not in (50_257, 50_304):
+            raise ValueError(
+                f"its vocabulary has {args['vocab_size']} tokens, expected GPT-2's 50,257, or 50,304 with padding; the"
+                " characters of a character-level model are in a pickle, meta.pkl, which is never loaded"
+            )
+        sizes = {name: args[name] for name in SIZES if name != "vocab_size"}
+        config = GPTConfig(block_size=args["block_size"], vocab_size=50_257, gelu="none", **sizes)
+        weights = weights_from_nanogpt(stored, args)
+        model = build_model(config, weights, file)
+        if unknown := weights.keys() - model.state_dict().keys():
+            raise ValueError(f"{file.name} has {min(unknown)}, which is not in GPT-2")
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{file} is not a readable nanoGPT checkpoint: {' '.join(str(error).split())}") from None
+    step = content.get("iter_num")
+    history = [{"source": str(path), "step": step if isinstance(step, int) else None}]
+    return from_parts(model, load_tokenizer("gpt2"), str(path), history)
+
+
+def read_pt(file: Path) -> dict:
+    """Return the content of a `.pt` file: tensors, numbers and text only, since unpickling could execute code."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give nanoGPT's ckpt.pt, or the folder that holds it")
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(
+            f"{file} needs unpickling{f' of {name[1]}' if name else ''}, which can execute code, so it is not loaded:"
+            " save it again with tensors, numbers and text only"
+        ) from None
+    except OSError:
+        raise
+    except Exception:  # a corrupt file can raise any type
+        raise UserError(
+            f"{file} is corrupt, or not in the zip format of torch.save; other formats need unpickling, which can"
+            " execute code, and are not loaded"
+        ) from None
+    if not (isinstance(content, dict) and {"model", "model_args"} <= content.keys()):
+        raise UserError(f"{file} is not a nanoGPT checkpoint: it has no 'model' and 'model_args'")
+    return content
+
+
+def weights_from_nanogpt(stored: dict[str, Tensor], args: dict) -> dict[str, Tensor]:
+    """Return nanoGPT's weights under this model's names, without padding and with biases."""
+    weights = {re.sub(r"^(_orig_mod\.|module\.)*(transformer\.)?", "", name): w for name, w in stored.items()}
+    weights = {name: w for name, w in weights.items() if not re.fullmatch(r"h\.\d+\.attn\.bias", name)}  # causal masks
+    wte = weights["wte.weight"]
+    if not torch.equal(weights.pop("lm_head.weight", wte), wte):
+        raise ValueError("its output layer, lm_head.weight, is not tied to the embedding, wte.weight")
+    if len(wte) != args["vocab_size"]:
+        raise ValueError(f"wte.weight has {len(wte)} rows, expected {args['vocab_size']} from its model_args")
+    weights["wte.weight"] = wte[:50_257]
+    if not args["bias"]:
+        if any(name.endswith(".bias") for name in weights):
+            raise ValueError("it has biases, although its model_args say bias=False")
+        layers = {name.removesuffix(".weight"): len(w) for name, w in weights.items() if name[:3] not in ("wte", "wpe")}
+        weights |= {f"{layer}.bias": torch.zeros(size) for layer, size in layers.items()}
+    return weights

@@ -18,7 +18,7 @@ from minigpt.cli import UserError
 from minigpt.dataset import Dataset
 from minigpt.distributed import Processes
 from minigpt.files import atomic_rename, lock_folder
-from model import GPT
+from model import GPT, GPTConfig
 
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
 RUN_FILES = ("log.jsonl", "log.tmp", ".lock", "tensorboard", "wandb")  # besides the checkpoints
@@ -86,7 +86,8 @@ class Run:
         step = None
         if self.newest_checkpoint is not None:
             meta = checkpoint.read_meta(self.newest_checkpoint)
-            self._check_same(meta["model"], asdict(model.config))
+            saved = asdict(GPTConfig()) | meta["model"]  # a field that is newer than the checkpoint has its default
+            self._check_same(saved, asdict(model.config))
             model.load_state_dict(checkpoint.load_tensors(self.newest_checkpoint, "model", meta))
             checkpoint.load_optimizer_state_dict(self.newest_checkpoint, meta, model, optimizer)
             step = meta["step"]

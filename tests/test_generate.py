@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import start
+from test_pretrained import save_nanogpt
 
 from minigpt import checkpoint
 from minigpt.chat import encode_prompt
@@ -102,9 +103,11 @@ def test_half_precision(run_script, pretrained):
     assert run_script(*args, "--dtype", "bfloat16").stdout.startswith("Document")
 
 
-def test_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
+@pytest.mark.parametrize("source", ["./gpt2", "out"])
+def test_models_of_other_repositories(run_script, gpt2_tokenizer, tmp_path, source):
     save_hf(GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)), tmp_path / "gpt2")
-    done = run_script("generate.py", "--checkpoint", "./gpt2", "--prompt", "The sea", *GREEDY)
+    save_nanogpt(tmp_path / "out" / "ckpt.pt")
+    done = run_script("generate.py", "--checkpoint", source, "--prompt", "The sea", *GREEDY)
     assert done.stdout.startswith("The sea")
 
 

@@ -91,6 +91,8 @@ def test_flops_per_token():
         ({"dropout": math.nan}, "dropout is nan"),
         ({"init_std": 0.0}, "init_std is 0.0"),
         ({"init_std": math.nan}, "init_std is nan"),
+        ({"gelu": "gelu_new"}, "gelu is 'gelu_new': expected 'tanh' or 'none'"),
+        ({"gelu": None}, "gelu is None"),
     ],
 )
 def test_config_is_checked(changes, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import TRAIN, read_log, start
 from safetensors.torch import load_file
+from test_shards import write_bin
 
 from minigpt import checkpoint
 from minigpt.dataset import TokenDataset, global_rows
@@ -232,3 +233,19 @@ def test_dry_run_predicts_the_size_of_checkpoints(pretrained):
     model = checkpoint.load_model(pretrained / "step_000012", meta)
     real = sum(file.stat().st_size for file in (pretrained / "step_000012").glob("*.safetensors"))
     assert 12 * sum(p.numel() for p in model.parameters()) == pytest.approx(real, rel=0.15) and real > 100_000
+
+
+def test_trains_on_the_shards_of_other_repositories(run_script, gpt2_tokenizer, tmp_path):
+    """modded-nanogpt's files as they are, in training and evaluation."""
+    (tmp_path / "fineweb10B").mkdir()
+    tokens = np.random.default_rng(0).integers(50_257, size=2000)
+    for name, part in {"train_000001": tokens[:900], "train_000002": tokens[900:1600], "val_000000": tokens}.items():
+        write_bin(tmp_path / "fineweb10B" / f"fineweb_{name}.bin", part)
+    sizes = ("--model", "tiny", "--steps", 2, "--batch_tokens", 128, "--micro_batch_size", 2, "--val_tokens", 1280)
+    run_script("pretrain.py", "--data", "fineweb10B", "--out", "runs/mine", *sizes)
+    assert checkpoint.read_meta(tmp_path / "runs/mine/step_000002")["tokenizer"] == "gpt2"
+    flags = ("--checkpoint", "runs/mine", "--data", "fineweb10B", "--max_tokens", 1280, "--no_hellaswag")
+    run_script("evaluate.py", *flags, "--json", "figures.jsonl")
+    figures = json.loads((tmp_path / "figures.jsonl").read_text())["data"]["fineweb10B"]
+    assert figures["tokens"] == 1280 and figures["bits_per_byte"] > 0
+    assert figures["val_loss"] == pytest.approx(read_log(tmp_path / "runs" / "mine")[-1]["val_loss"], rel=1e-5)
