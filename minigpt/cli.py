@@ -4,6 +4,7 @@ Importing this module is cheap: tyro and tqdm are imported when they are used.
 """
 
 import dataclasses
+import difflib
 import errno
 import io
 import math
@@ -13,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,10 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
         try:
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(format_docstring(description or ""), end="\n\n")  # tyro would join its lines
-            main(tyro.cli(config_class, description="", use_underscores=True))
+            options = {"description": "", "use_underscores": True, "return_unknown_args": True}
+            config, unknown = tyro.cli(config_class, **options)
+            check_unknown_args(config, unknown)
+            main(config)
         finally:
             sys.stdout.flush()  # raises BrokenPipeError here, where it is handled
     except UserError as error:
@@ -61,6 +65,26 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
             raise
         fix = ": free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         exit_with_error(f"{error.filename or 'file system'}: {error.strerror}{fix}")
+
+
+def check_unknown_args(config: Any, unknown: Sequence[str]) -> None:
+    """Raise `UserError` with a suggestion if a part of the command line is not a flag or its value."""
+    names = {field.name for field in dataclasses.fields(config)}
+    names |= {f"no_{name}" for name in names if isinstance(getattr(config, name), bool)}
+    script = Path(sys.argv[0]).name
+    for flag in (word.split("=")[0] for word in unknown if word.startswith("-")):
+        name = flag.lstrip("-").replace("-", "_")
+        nearest = difflib.get_close_matches(name, names - {name}, n=1, cutoff=0.5)
+        fix = f"did you mean --{nearest[0]}?" if nearest else f"see {script} --help"
+        raise UserError(f"unknown flag {flag}: {fix}")
+    if unknown and "prompt" in names:
+        prompt = " ".join([*filter(None, [config.prompt]), *unknown])
+        quoted = shlex.quote(prompt) if set(prompt) & set('"$`\\!') else f'"{prompt}"'
+        raise UserError(
+            f"unexpected argument {unknown[0]}: give a prompt with its flag and in quotes: --prompt {quoted}"
+        )
+    if unknown:
+        raise UserError(f"unexpected argument {unknown[0]}: it does not belong to a flag; see {script} --help")
 
 
 def exit_with_error(message: str, code: int = 2) -> None:
