@@ -1,6 +1,6 @@
 """Plot the training curves of one or more runs: losses, learning rate, speed and HellaSwag accuracy.
 
-    python plot.py runs/gpt2                                        # writes loss.png
+    python plot.py                                                  # all runs under runs/, to loss.png
     python plot.py runs/demo runs/demo_chat --x hours --out demo.png
     python plot.py runs/lr_* --x steps                              # compare the runs of a sweep
 
@@ -39,8 +39,8 @@ Curves = dict[str, np.ndarray]  # key -> (2, n): x and y; y is NaN at a skipped 
 
 @dataclass(frozen=True)
 class Config:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders to plot."""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders to plot; default: all runs in runs/."""
     out: Path = Path("loss.png")
     """File to write: .png, .pdf or .svg."""
     x: Literal["tokens", "hours", "steps"] = "tokens"
@@ -53,9 +53,10 @@ def main(config: Config) -> None:
     cli.check_range("smooth", config.smooth, 0, 1)
     if config.out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {config.out}: the file name must end in .png, .pdf or .svg")
-    folders = [path for path in config.runs if not path.is_file()]  # runs/* also matches pictures
+    paths = config.runs or [log.parent for log in sorted(Path("runs").glob("*/log.jsonl")) if log.stat().st_size]
+    folders = [path for path in paths if not path.is_file()]  # runs/* also matches pictures
     if not folders:
-        raise UserError("no run folder given: name at least one, as in plot.py runs/gpt2")
+        raise UserError("no run folder given, and none under runs/: name at least one, as in plot.py runs/gpt2")
     runs = {str(folder).removeprefix("runs/"): get_curves(read_log(folder), config.x) for folder in folders}
     draw_figure(runs, config).savefig(config.out)
     print(f"wrote {config.out} with the curves of {', '.join(runs)}")

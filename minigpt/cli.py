@@ -140,7 +140,7 @@ class CheckpointConfig:
     """The flag of scripts that load a model."""
 
     checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; default: runs/dolly, else runs/gpt2."""
+    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; default: the newest run in runs/."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,10 @@ def test_runs_of_the_scripts(run_script, pretrained, finetuned, tmp_path):
     done = run_script("plot.py", *runs, "--x", "hours", "--out", "runs/new.png")
     assert done.stdout == f"wrote runs/new.png with the curves of mine, {finetuned}\n" and not done.stderr
     assert (tmp_path / "runs" / "new.png").read_bytes().startswith(b"\x89PNG")
-    run_script("plot.py", pretrained)
+    (tmp_path / "runs" / "chat").symlink_to(finetuned)
+    (tmp_path / "runs" / "started").mkdir()
+    (tmp_path / "runs" / "started" / "log.jsonl").touch()
+    assert run_script("plot.py").stdout == "wrote loss.png with the curves of chat, mine\n"
     assert (tmp_path / "loss.png").stat().st_size > 20_000
 
 
@@ -150,7 +153,8 @@ def test_errors(fails, tmp_path):
     assert "runs/nowhere has no log.jsonl" in fails("plot.py", "runs/nowhere")
     (tmp_path / "runs" / "new" / "log.jsonl").write_text('{"step": 0, "tok')
     assert "runs/new/log.jsonl has no steps yet" in fails("plot.py", "runs/new")
-    assert "no run folder given" in fails("plot.py")
+    (tmp_path / "empty").mkdir()
+    assert "no run folder given, and none under runs/" in fails("plot.py", cwd=tmp_path / "empty")
     assert "--out loss.xyz" in fails("plot.py", "runs/new", "--out", "loss.xyz")
     (tmp_path / "runs" / "new" / "log.jsonl").write_text(json.dumps(ROWS[0]))
     assert "nowhere/loss.png" in fails("plot.py", "runs/new", "--out", "nowhere/loss.png")
