@@ -295,6 +295,37 @@ def test_time_left_is_what_the_rest_takes(clock):
     assert progress.time_left() == "00:00 left"
 
 
+def test_fractions_of_a_slow_step(clock, capsys):
+    """One line every ten seconds, with the time that is left."""
+    progress = Progress(4, "step", seconds=10)
+    for done in (1, 2, 3):
+        clock.now += 6
+        progress.update_fraction(done / 4, f"micro-batch {done}/4")
+    assert capsys.readouterr().out == "step 0/4  micro-batch 2/4  01:24 left\n"
+    clock.now += 6
+    progress.update(1, "loss 3")
+    assert capsys.readouterr().out == "step 1/4  loss 3  01:12 left\n"
+    clock.now += 12
+    progress.update_fraction(0.5, "micro-batch 2/4")
+    assert capsys.readouterr().out == "step 1/4  micro-batch 2/4  loss 3  01:00 left\n"
+
+
+def test_the_bar_moves_within_a_slow_step(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    progress = Progress(4, "step")
+    clock.now += 50  # not counted
+    progress.restart_clock()
+    clock.now += 6
+    progress.update_fraction(1 / 3, "micro-batch 1/3")
+    assert sys.stderr.getvalue().endswith("|▊         | 0/4 [00:06<01:06, micro-batch 1/3  ]")
+    clock.now += 0.5
+    progress.update(1, "loss 3")
+    clock.now += 0.5
+    progress.update_fraction(1 / 3, "micro-batch 1/3")  # the step may be a quick one
+    assert "1/4 [" in sys.stderr.getvalue() and not sys.stderr.getvalue().endswith("micro-batch 1/3  loss 3]")
+
+
 def test_without_a_total_no_time_is_promised(clock, capsys):
     progress = Progress(None, "token", seconds=10)
     clock.now += 11

@@ -98,6 +98,16 @@ def test_hellaswag_panel_only_if_logged():
     assert lines(draw(ROWS, rows)["HellaSwag accuracy"]) == [([0, 10_000], [0.3, 0.3]), ([0, 10_000], [0.35, 0.35])]
 
 
+def test_bits_per_byte_panel_only_if_logged():
+    rows = [row | {"bits_per_byte": row["val_loss"] / 2} if "val_loss" in row else row for row in ROWS]
+    panels = draw(ROWS, rows)
+    assert "Validation bits per byte" not in draw(ROWS)
+    assert lines(panels["Validation bits per byte"]) == [([0, 10_000], [2.5, 2.125])]
+    assert panels["Validation bits per byte"].get_ylim()[0] > 1  # as for the losses, the axis does not start at 0
+    panels = draw([row | {"hellaswag": 0.3} for row in rows])
+    assert len(panels) == 7 and panels[None].axes[0].get_gridspec().get_geometry() == (2, 12)
+
+
 @pytest.mark.parametrize(
     "rows", [ROWS[:1], ROWS[:2], ROWS[1:2], [dict(ROWS[1], loss=None)], [dict(ROWS[0], val_loss=math.nan)]]
 )
