@@ -1,6 +1,6 @@
 """Export a checkpoint as a Hugging Face folder that transformers, trl, vLLM and llama.cpp's converter can read.
 
-    python export.py --out exported                                 # runs/dolly if it exists, else runs/gpt2
+    python export.py --out exported                                 # the newest run under runs/
     python export.py --checkpoint runs/gpt2 --out exported_gpt2
     hf upload YOU/YOUR-MODEL exported                               # optional: publish it on the Hub
 

@@ -1,9 +1,12 @@
 """A model from any source: a run, a checkpoint, a Hugging Face GPT-2 folder, a hub id or nanoGPT's ckpt.pt; and back to
 a Hugging Face folder."""
 
+import contextlib
 import json
+import os
 import pickle
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minigpt.checkpoint import find_best, list_checkpoints, load_model, read_meta
+from minigpt.checkpoint import find_best, list_checkpoints, load_model, read_meta, verify
 from minigpt.cli import UserError
 from minigpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, read_tokenizer
 from model import GPT, GPTConfig
@@ -50,30 +53,82 @@ class PretrainedModel:
     history: list[dict]
 
 
-def load_pretrained(source: str | None) -> PretrainedModel:
+def load_pretrained(source: str | None, chat: bool = False) -> PretrainedModel:
     """Load a model from a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id.
 
-    nanoGPT's `ckpt.pt`, or the folder that holds it, is loaded as well.
-    None loads runs/dolly if it exists, else runs/gpt2. Raises `UserError` if the source does not exist or is corrupt.
+    nanoGPT's `ckpt.pt`, or the folder that holds it, is loaded as well. None loads the newest run under runs/, with
+    `chat` the newest chat run, and prints its checkpoint on stderr. Raises `UserError` if the source does not exist or
+    is corrupt.
     """
-    source = source or ("runs/dolly" if list_checkpoints(Path("runs/dolly")) else "runs/gpt2")
-    folder = Path(source)
+    folder = find_newest_run(chat) if source is None else Path(source)
     if list_checkpoints(folder):
         folder = find_best(folder)
+    if source is None and os.environ.get("RANK", "0") == "0":
+        print(f"checkpoint: {folder} (the newest {'chat ' * chat}run)", file=sys.stderr)
     if (folder / "meta.json").is_file():
-        meta = read_meta(folder)
-        history = [*meta.get("history", []), {key: meta.get(key) for key in ("source", "step", "metrics", "config")}]
-        return from_parts(load_model(folder, meta), load_tokenizer(meta["tokenizer"], folder), str(folder), history)
+        return load_checkpoint(folder)
     if folder.suffix == ".pt" or (folder / "ckpt.pt").exists():
         return load_nanogpt(folder)
     is_path = folder.is_dir() or source.count("/") > 1 or source.startswith((".", "/", "runs/"))
     if is_path and not (folder / "config.json").is_file():
         raise UserError(
-            f"{source}: no checkpoint found; train one with pretrain.py, or give a run, a checkpoint, a Hugging Face"
-            " GPT-2 folder or a hub id"
+            f"{source}: no checkpoint found; give a run, a checkpoint, a Hugging Face GPT-2 folder or a hub id;"
+            f" {format_runs()}"
         )
     model = load_hf(source)
     return from_parts(model, find_tokenizer(source, model.config.vocab_size), source, [{"source": source}])
+
+
+def load_checkpoint(folder: Path) -> PretrainedModel:
+    """Load a checkpoint. Raises `UserError` if it is corrupt, which names another checkpoint of the run."""
+    try:
+        meta = read_meta(folder)
+        model = load_model(folder, meta)
+    except UserError as error:
+        others = (other for other in reversed(list_checkpoints(folder.parent)) if other != folder and is_whole(other))
+        other = next(others, None)
+        raise UserError(f"{error}; use {other} instead, which is whole" if other else str(error)) from None
+    history = [*meta.get("history", []), {key: meta.get(key) for key in ("source", "step", "metrics", "config")}]
+    return from_parts(model, load_tokenizer(meta["tokenizer"], folder), str(folder), history)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether no file of a checkpoint is corrupt."""
+    with contextlib.suppress(UserError):
+        verify(checkpoint)
+        return True
+    return False
+
+
+def find_newest_run(chat: bool) -> Path:
+    """Return the run under runs/ with the newest checkpoint, or the newest chat run. Raises `UserError` if none."""
+    runs = [run for run in list_runs() if is_chat_run(run) or not chat]
+    if runs:
+        return runs[-1]
+    if chat:
+        raise UserError(
+            f"no chat run under runs/: finetune a model with finetune.py, or give --checkpoint; {format_runs()}"
+        )
+    raise UserError("no run under runs/: train a model with pretrain.py, or give --checkpoint")
+
+
+def list_runs() -> list[Path]:
+    """Return the runs under runs/ that have a checkpoint, the one with the newest checkpoint last."""
+    newest = {run: checkpoints[-1] for run in Path("runs").glob("*") if (checkpoints := list_checkpoints(run))}
+    return sorted(newest, key=lambda run: (newest[run] / "meta.json").stat().st_mtime)
+
+
+def is_chat_run(run: Path) -> bool:
+    """Return whether finetune.py wrote a run, whose flags have --init."""
+    with contextlib.suppress(UserError):
+        return "init" in read_meta(list_checkpoints(run)[-1]).get("identity", {})
+    return False
+
+
+def format_runs() -> str:
+    """Return the list of runs under runs/, for an error message."""
+    runs = ", ".join(f"{run} (chat)" if is_chat_run(run) else str(run) for run in reversed(list_runs()))
+    return f"existing runs: {runs}" if runs else "there is no run under runs/: train one with pretrain.py"
 
 
 def from_parts(model: GPT, tokenizer: Tokenizer, source: str, history: list[dict]) -> PretrainedModel:
@@ -208,7 +263,7 @@ def find_hf_file(source: str | Path, name: str) -> Path:
         return Path(hf_hub_download(str(source), name))
     except Exception as error:  # the client raises many types: invalid name, unknown model, no network
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{source} is neither a folder nor a model on the hub: {reason}") from None
+        raise UserError(f"{source} is neither a folder nor a model on the hub: {reason}; {format_runs()}") from None
 
 
 def load_nanogpt(path: Path) -> PretrainedModel:

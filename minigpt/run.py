@@ -143,7 +143,7 @@ class Run:
         if number == signal.SIGINT and self.signal_time and time.monotonic() - self.signal_time > 1:
             os._exit(130)
         if not self.signal_time and self.procs.is_main:
-            os.write(2, b"\nstopping after this step\n")  # print() is not reentrant
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop now\n")  # print() is not reentrant
         self.stop_reason = self.stop_reason or signal.Signals(number).name
         self.signal_time = self.signal_time or time.monotonic()
 

@@ -1,12 +1,18 @@
 """generate.py as a real process: texts, answers, conversations, and its error messages."""
 
+import io
 import json
+import os
+import re
+import shutil
 
 import pytest
 import torch
 from conftest import start
 from test_pretrained import save_nanogpt
 
+import chat_web
+import generate
 from minigpt import checkpoint
 from minigpt.chat import encode_prompt
 from minigpt.pretrained import load_pretrained, save_hf
@@ -133,6 +139,25 @@ def test_models_of_other_repositories(run_script, gpt2_tokenizer, tmp_path, sour
 def test_mistakes(fails, pretrained, flags, words):
     checkpoint_flag = () if "--checkpoint" in flags else ("--checkpoint", pretrained)
     assert words in fails("generate.py", *checkpoint_flag, *flags)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_chat_takes_the_newest_chat_run(finetuned, pretrained, tmp_path, monkeypatch, capsys, chat):
+    (tmp_path / "runs").mkdir()
+    for name, run, time in (("chat", finetuned, 1e9), ("text", pretrained, 2e9)):
+        shutil.copytree(run, tmp_path / "runs" / name)
+        newest = checkpoint.list_checkpoints(tmp_path / "runs" / name)[-1]
+        os.utime(newest / "meta.json", (time, time))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    generate.main(generate.Config(chat=chat, prompt=None if chat else "a"))
+    assert re.match(f"checkpoint: runs/{'chat' if chat else 'text'}/step_0000", capsys.readouterr().err)
+    if chat:
+        monkeypatch.setattr(chat_web, "import_gradio", lambda: None)
+        monkeypatch.setattr(chat_web, "build_page", lambda loaded, device: loaded)
+        monkeypatch.setattr(chat_web, "serve", lambda loaded, config: print(loaded.source))
+        chat_web.main(chat_web.Config())
+        assert capsys.readouterr().out.startswith("runs/chat/step_0000")
 
 
 def test_corrupt_checkpoints(fails, finetuned, tmp_path):

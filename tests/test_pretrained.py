@@ -97,12 +97,54 @@ def test_other_names_are_looked_up_on_the_hub(two_checkpoints, monkeypatch, sour
     assert f"{source} is neither a folder nor a model on the hub: no route" in message
 
 
-def test_default_is_runs_dolly_if_it_exists_else_runs_gpt2(tmp_path, monkeypatch):
+def save_runs(**runs: bool) -> None:
+    """Save a run for each name; the later, the newer. True is a chat run."""
+    for i, (name, is_chat) in enumerate(runs.items()):
+        folder = Path("runs", name, "step_000001")
+        identity = {"init": "runs/gpt2"} if is_chat else {}
+        save_checkpoint(folder, tiny_model(vocab_size=261 if is_chat else 257), identity=identity)
+        os.utime(folder / "meta.json", (1e9 + i, 1e9 + i))
+
+
+def test_default_is_the_newest_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "runs/gpt2: no checkpoint found" in error_message(load_pretrained, None)
-    for run in ("runs/gpt2", "runs/dolly"):
-        save_checkpoint(Path(run, "step_000001"))
-        assert load_pretrained(None).source == f"{run}/step_000001"
+    assert error_message(load_pretrained, None).startswith("no run under runs/: train a model with pretrain.py")
+    save_runs(old=False)
+    assert "no chat run under runs/: finetune a model" in error_message(load_pretrained, None, True)
+    save_runs(c=False, b=True, a=False)
+    save_checkpoint(Path("runs", "folder", "nested", "step_000001"))  # a folder of runs is not a run
+    for chat, run, words in ((False, "runs/a", "the newest run"), (True, "runs/b", "the newest chat run")):
+        assert load_pretrained(None, chat).source == f"{run}/step_000001"
+        assert capsys.readouterr().err == f"checkpoint: {run}/step_000001 ({words})\n"
+    monkeypatch.setenv("RANK", "1")
+    assert load_pretrained(None).source == "runs/a/step_000001" and not capsys.readouterr().err
+    os.utime("runs/c/step_000001/meta.json")
+    assert load_pretrained(None).source == "runs/c/step_000001"
+    monkeypatch.setenv("RANK", "0")
+    load_pretrained("runs/a")
+    assert not capsys.readouterr().err
+
+
+def test_missing_checkpoint_lists_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "there is no run under runs/: train one" in error_message(load_pretrained, "runs/gpt2")
+    save_runs(old=False, dolly=True, mine=False)
+    for source in ("runs/gpt2", "gpt2_typo"):
+        assert "; existing runs: runs/mine, runs/dolly (chat), runs/old" in error_message(load_pretrained, source)
+
+
+def test_corrupt_checkpoint_names_a_whole_one(two_checkpoints):
+    save_checkpoint(two_checkpoints / "step_000003", tiny_model(3), val_loss=4.0)
+    truncate(two_checkpoints / "step_000003" / "train_state.safetensors")
+    best = two_checkpoints / "step_000001"
+    truncate(best / "model.safetensors")
+    for source in ("runs/name", "runs/name/step_000001"):
+        message = error_message(load_pretrained, source)
+        assert message.endswith("its checksum is wrong; use runs/name/step_000002 instead, which is whole")
+    (best / "meta.json").write_text("{")
+    assert "; use runs/name/step_000002 instead" in error_message(load_pretrained, "runs/name/step_000001")
+    truncate(two_checkpoints / "step_000002" / "model.safetensors")
+    assert "instead" not in error_message(load_pretrained, "runs/name/step_000001")
 
 
 def test_hugging_face_folder_loads(tmp_path, gpt2_tokenizer):

@@ -131,7 +131,7 @@ def test_log_rows_after_the_checkpoint_are_dropped(flags, saved, kept):
 def test_only_the_first_process_writes(flags):
     run, model, optimizer, _ = open_run(flags)
     run.procs, run.config = replace(SINGLE, rank=1), replace(flags, report_to=("tensorboard",))
-    MetricsLogger(run, model, 0, 1, 16).log_validation(0, 1.0)
+    MetricsLogger(run, model, 0, 1, 16, 1.0).log_validation(0, 1.0)
     run.save(1, model, optimizer, {})
     assert not run.log_file.exists() and not checkpoint.list_checkpoints(run.folder)
     assert not (run.folder / "tensorboard").exists()
