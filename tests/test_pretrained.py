@@ -424,7 +424,7 @@ class NanoGPT(nn.Module):
 
 
 def save_nanogpt(file: Path, *, args: dict | None = None, weights: dict | None = None, prefix: str = "", **changes):
-    """Write a checkpoint as nanoGPT's train.py does and return its model; `args`, `weights`, `changes` replace values."""
+    """Write a checkpoint as nanoGPT's train.py does and return its model; the flags replace values."""
     torch.manual_seed(0)
     model_args = NANOGPT_ARGS | (args or {})
     model = NanoGPT(**{name: value for name, value in model_args.items() if name in NANOGPT_ARGS})
