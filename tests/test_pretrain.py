@@ -11,6 +11,7 @@ from conftest import ROOT, TRAIN, read_log, start
 from safetensors.torch import load_file
 from test_shards import write_bin
 
+import evaluate
 from minigpt import checkpoint
 from minigpt.dataset import TokenDataset, global_rows
 
@@ -254,8 +255,9 @@ def test_trains_on_the_shards_of_other_repositories(run_script, gpt2_tokenizer, 
     sizes = ("--model", "tiny", "--steps", 2, "--batch_tokens", 128, "--micro_batch_size", 2, "--val_tokens", 1280)
     run_script("pretrain.py", "--data", "fineweb10B", "--out", "runs/mine", *sizes)
     assert checkpoint.read_meta(tmp_path / "runs/mine/step_000002")["tokenizer"] == "gpt2"
-    flags = ("--checkpoint", "runs/mine", "--data", "fineweb10B", "--max_tokens", 1280, "--no_hellaswag")
-    run_script("evaluate.py", *flags, "--json", "figures.jsonl")
-    figures = json.loads((tmp_path / "figures.jsonl").read_text())["data"]["fineweb10B"]
+    folder, file = str(tmp_path / "fineweb10B"), tmp_path / "figures.jsonl"
+    flags = {"data": (folder,), "max_tokens": 1280, "hellaswag": False, "json": file, "device": "cpu"}
+    evaluate.main(evaluate.Config(str(tmp_path / "runs" / "mine"), **flags))
+    figures = json.loads(file.read_text())["data"][folder]
     assert figures["tokens"] == 1280 and figures["bits_per_byte"] > 0
     assert figures["val_loss"] == pytest.approx(read_log(tmp_path / "runs" / "mine")[-1]["val_loss"], rel=1e-5)
