@@ -101,7 +101,7 @@ def main(config: Config) -> None:
         run.save_and_exit(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
-        print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --chat")
+        print(f"next: python {cli.script_path('generate.py')} --checkpoint {shlex.quote(str(run.folder))} --chat")
     procs.close()
 
 

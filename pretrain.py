@@ -131,7 +131,8 @@ def main(config: Config) -> None:
         run.save_and_exit(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
-        print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --prompt 'Once upon a time'")
+        command = f"python {cli.script_path('generate.py')} --checkpoint {shlex.quote(str(run.folder))}"
+        print(f"next: {command} --prompt 'Once upon a time'")
     procs.close()
 
 

@@ -8,12 +8,14 @@ import errno
 import io
 import math
 import os
+import shlex
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 # Control characters, which could steer a terminal. Line feed and tab are kept.
@@ -81,6 +83,12 @@ def format_docstring(text: str) -> str:
     parts = text.strip().split("\n\n")
     fits = [part.startswith(" ") or max(map(len, part.splitlines())) <= width for part in parts]
     return "\n\n".join(part if fit else textwrap.fill(part, width) for part, fit in zip(parts, fits, strict=True))
+
+
+def script_path(name: str) -> str:
+    """Return a script's path for a command to copy: its name, or its quoted path if run from another folder."""
+    folder = Path(sys.argv[0]).parent
+    return shlex.quote(name if folder.resolve() == Path.cwd() else str(folder / name))
 
 
 def strip_control_chars(text: str) -> str:

@@ -288,6 +288,24 @@ def test_lines_of_their_own_go_to_the_log_too(clock, capsys):
     assert capsys.readouterr().out == "saved\n"
 
 
+# ---- commands to copy ----------------------------------------------------------------------------------------------
+
+
+def test_a_command_to_copy_runs_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "my code").mkdir()
+    monkeypatch.chdir(tmp_path / "my code")
+    for script, expected in {
+        "pretrain.py": "generate.py",
+        "./pretrain.py": "generate.py",
+        str(tmp_path / "my code" / "pretrain.py"): "generate.py",
+        "../other/pretrain.py": "../other/generate.py",
+        "../my project/pretrain.py": "'../my project/generate.py'",
+        "/opt/minigpt/pretrain.py": "/opt/minigpt/generate.py",
+    }.items():
+        monkeypatch.setattr(sys, "argv", [script, "--steps", "3"])
+        assert cli.script_path("generate.py") == expected
+
+
 # ---- head ----------------------------------------------------------------------------------------------------------
 
 
