@@ -216,7 +216,9 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
 def test_csv_yields_every_row(tmp_path_factory, texts, line_end):
     file = tmp_path_factory.mktemp("csv") / "a.csv"
     with file.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator=line_end).writerows([("id", "body"), *enumerate(texts)])
+        csv.writer(stream, lineterminator=line_end, quoting=csv.QUOTE_NONNUMERIC).writerows(
+            [("id", "body"), *enumerate(texts)]
+        )
     expected = [(f"{file} row {i + 1}", {"id": str(i), "body": text}) for i, text in enumerate(texts)]
     assert list(read_files([file], "body")) == expected
 
