@@ -23,7 +23,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,8 @@ class Config(SourceConfig):
     val_fraction: float = 0.02
     mix: tuple[str, ...] = ()
     """Weighted sources instead, SOURCE=WEIGHT: files, folders, or hub datasets as owner/name:config:split."""
+    val_files: tuple[str, ...] = ()
+    """Local files with the conversations of the validation split; then all others are for training."""
     block_size: int = 1024
     """Maximum length of a conversation in tokens: the model's context."""
     preview: int | None = None
@@ -56,10 +58,11 @@ class Config(SourceConfig):
 
 @dataclass
 class Source:
-    """A source of conversations, its weight, and what it contributed."""
+    """A source of conversations, its weight, the split it is for (None: either), and what it contributed."""
 
     data: FileSource | HubSource
     weight: float = 1.0
+    split: str | None = None
     conversations: int = 0
     loss_tokens: int = 0
 
@@ -111,17 +114,25 @@ def main(config: Config) -> None:
 def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     config.check("mix")
+    if config.val_files and config.val_fraction != Config.val_fraction:
+        raise UserError("--val_files and --val_fraction cannot be combined: give one of them")
     cli.check_range("block_size", config.block_size, 16)
     cli.check_range("preview", config.preview, 1)
 
 
 def open_sources(config: Config) -> list[Source]:
-    """Return the sources of --mix, the local files, or the dataset on the hub."""
+    """Return the sources of --mix, the local files, or the dataset on the hub; and those of --val_files."""
     if config.mix:
-        return [parse_mix_item(item) for item in config.mix]
-    if config.files:
-        return [Source(FileSource(find_files(config.files, SUFFIXES), text_field=None))]
-    return [Source(HubSource(config.dataset, config.name, split=config.split))]
+        sources = [parse_mix_item(item) for item in config.mix]
+    elif config.files:
+        sources = [Source(FileSource(find_files(config.files, SUFFIXES), text_field=None))]
+    else:
+        sources = [Source(HubSource(config.dataset, config.name, split=config.split))]
+    if config.val_files:
+        sources = [replace(source, split="train") for source in sources]
+        val_files = find_files(config.val_files, SUFFIXES, "--val_files")
+        sources.append(Source(FileSource(val_files, text_field=None), split="val"))
+    return sources
 
 
 def parse_mix_item(item: str) -> Source:
@@ -139,13 +150,14 @@ def parse_mix_item(item: str) -> Source:
 def dataset_meta(config: Config, tokenizer: Tokenizer, sources: list[Source]) -> dict:
     """Return the metadata that is fixed before the work starts. The same metadata gives the same bytes."""
     parts = [source.data.metadata() for source in sources]
-    mix = [{"weight": source.weight} | part for source, part in zip(sources, parts, strict=True)]
+    val_source = {"val": parts.pop()} if config.val_files else {}
+    mix = [{"weight": source.weight} | part for source, part in zip(sources, parts, strict=False)]
     return {
         "version": FORMAT_VERSIONS["chat"],
         "kind": "chat",
         "tokenizer": config.tokenizer,
         "vocab_size": tokenizer.chat_vocab_size,
-        "source": {"mix": mix} if config.mix else parts[0],
+        "source": ({"mix": mix} if config.mix else parts[0]) | val_source,
         "block_size": config.block_size,
         "val_fraction": config.val_fraction,
     }
@@ -185,7 +197,7 @@ def add_example(example: Example, source: Source, splits: dict[str, Split], conf
     """
     document = json.dumps(example.messages).encode()
     times = int(source.weight) + shards.hash_selects(document, source.weight % 1, salt=b"mix")
-    split = splits["val" if shards.is_validation(document, config.val_fraction) else "train"]
+    split = splits[source.split or ("val" if shards.is_validation(document, config.val_fraction) else "train")]
     if config.mix and split is splits["val"]:
         times = min(times, 1) if document not in split.documents else 0
         split.documents |= {document} if times else set()
