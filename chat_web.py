@@ -1,6 +1,6 @@
 """Chat with a finetuned model in the browser.
 
-    python chat_web.py                                              # runs/dolly, at http://127.0.0.1:7860
+    python chat_web.py                                              # the newest chat run, at http://127.0.0.1:7860
     python chat_web.py --checkpoint runs/demo_chat --port 8000
     python chat_web.py --host 0.0.0.0                               # reachable from other machines
 
@@ -47,7 +47,7 @@ class Config(InferenceConfig):
 def main(config: Config) -> None:
     check_address(config)
     import_gradio()
-    loaded, device = load_for_inference(config)
+    loaded, device = load_for_inference(config, chat=True)
     if not loaded.is_chat:
         raise UserError(f"{loaded.source} is not a chat model: finetune it first, or use generate.py --prompt")
     serve(build_page(loaded, device), config)

@@ -1,6 +1,6 @@
 """Evaluate a model: exact validation loss, bits per byte, and HellaSwag.
 
-    python evaluate.py                                              # runs/dolly if it exists, else runs/gpt2
+    python evaluate.py                                              # the newest run under runs/
     python evaluate.py --checkpoint runs/gpt2 --data data/fineweb_edu
     python evaluate.py --checkpoint openai-community/gpt2 --json results.jsonl
     python evaluate.py --quantize int8 --no_hellaswag               # the loss with 8-bit weights
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from minigpt import cli
@@ -132,32 +131,21 @@ def evaluate_dataset(
     Returns:
         val_loss: nats per token; of conversations, over the assistant's tokens.
         tokens: number of tokens in the loss.
-        bits_per_byte: text only; comparable between tokenizers.
+        bits_per_byte: comparable between tokenizers.
     """
     n_rows, is_text = data.n_rows["val"], isinstance(data, TokenDataset)
     if is_text and max_tokens is not None:
         n_rows = min(n_rows, max(1, max_tokens // data.block_size))
+    n_tokens = n_rows * data.block_size if is_text else data.meta["val"]["loss_tokens"]
     val_loss = validate(model, val_batches(data, n_rows, micro_batch_size, procs.rank, procs.world_size), procs)
-    if not is_text:
-        return {"val_loss": val_loss, "tokens": int(data.meta["val"]["loss_tokens"])}
-    n_tokens = n_rows * data.block_size
-    bits = val_loss * n_tokens / math.log(2)
-    return {"val_loss": val_loss, "tokens": n_tokens, "bits_per_byte": bits / count_bytes(data, n_tokens)}
-
-
-def count_bytes(data: TokenDataset, n_tokens: int) -> int:
-    """Return the bytes of text in the validation targets, tokens 1 ... n_tokens. End of text has no bytes."""
-    tokenizer = data.tokenizer
-    lengths = np.array([*(len(tokenizer.token_bytes(token)) for token in range(tokenizer.end_of_text)), 0])
-    size = 1 << 20
-    starts = range(1, n_tokens + 1, size)
-    return sum(int(lengths[data.window("val", at, min(size, n_tokens + 1 - at))].sum()) for at in starts)
+    bits_per_byte = val_loss * n_tokens / math.log(2) / data.count_val_bytes(n_rows)
+    return {"val_loss": val_loss, "tokens": n_tokens, "bits_per_byte": bits_per_byte}
 
 
 def format_loss(data: Dataset, result: dict) -> str:
     what = f"{'answers' if isinstance(data, ChatDataset) else 'text'} in {data.folder}"
-    per_byte = f"   {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
-    return f"{what:<32} loss {result['val_loss']:.4f} nats per token{per_byte}   {result['tokens']:,} tokens"
+    losses = f"loss {result['val_loss']:.4f} nats per token   {result['bits_per_byte']:.4f} bits per byte"
+    return f"{what:<32} {losses}   {result['tokens']:,} tokens"
 
 
 def format_hellaswag(result: dict, n_examples: int) -> str:

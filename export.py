@@ -1,6 +1,6 @@
 """Export a checkpoint as a Hugging Face folder that transformers, trl, vLLM and llama.cpp's converter can read.
 
-    python export.py --out exported                                 # runs/dolly if it exists, else runs/gpt2
+    python export.py --out exported                                 # the newest run under runs/
     python export.py --checkpoint runs/gpt2 --out exported_gpt2
     hf upload YOU/YOUR-MODEL exported                               # optional: publish it on the Hub
 
@@ -12,9 +12,7 @@ finetuned elsewhere. Takes about 10 seconds for GPT-2 124M.
 import json
 import shlex
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from minigpt.cli import CheckpointConfig, UserError
 from minigpt.files import atomic_rename, fsync, write_json
 from minigpt.pretrained import PretrainedModel, load_pretrained, save_hf
 from minigpt.sampling import SamplingParams
-from minigpt.tokenizer import CHAT_TOKENS, Tokenizer
+from minigpt.tokenizer import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def write_files(folder: Path, loaded: PretrainedModel) -> None:
     generation = ids | {"eos_token_id": stop_tokens, "max_new_tokens": max_tokens}
     generation |= {"do_sample": True, "temperature": defaults.temperature, "top_k": defaults.top_k}
     write_json(folder / "generation_config.json", generation)
-    build_tokenizer(tokenizer, loaded.is_chat).save(str(folder / "tokenizer.json"))
+    (folder / TOKENIZER_FILE).write_text(tokenizer.to_json(chat=loaded.is_chat), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", tokenizer_config(loaded))
     if loaded.is_chat:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -83,50 +81,6 @@ def write_files(folder: Path, loaded: PretrainedModel) -> None:
     for file in folder.iterdir():
         file.chmod(0o644)
         fsync(file)
-
-
-def build_tokenizer(tokenizer: Tokenizer, chat: bool) -> Any:
-    """Build the same byte-level BPE as a `tokenizers.Tokenizer`; `chat` adds the chat tokens.
-
-    transformers' `TikTokenConverter` gives a different file, with 108,299 merges for GPT-2 instead of OpenAI's 50,000.
-    """
-    try:
-        from tokenizers import AddedToken, decoders, models, pre_tokenizers
-        from tokenizers import Tokenizer as HFTokenizer
-    except ImportError:
-        raise UserError("export.py needs the tokenizers package: pip install -r requirements-extra.txt") from None
-    # The library writes a printable byte as the character with that code, any other byte as one from U+0100 on.
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    replacements = iter(sorted(alphabet - set(map(chr, range(256)))))
-    characters = [chr(byte) if chr(byte) in alphabet else next(replacements) for byte in range(256)]
-
-    def to_unicode(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    ranks = {tokenizer.token_bytes(token): token for token in range(tokenizer.end_of_text)}
-    vocab = {to_unicode(token): rank for token, rank in ranks.items()}
-    merges = [(to_unicode(left), to_unicode(right)) for left, right in find_merges(ranks)]
-    hf_tokenizer = HFTokenizer(models.BPE(vocab=vocab, merges=merges))
-    hf_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.name == "gpt2")
-    hf_tokenizer.decoder = decoders.ByteLevel()
-    special = ("<|endoftext|>", *(CHAT_TOKENS if chat else ()))
-    hf_tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return hf_tokenizer
-
-
-def find_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the pair of tokens that each longer token is merged from, in the order of the ranks.
-
-    The pair is what byte-pair encoding makes of the token's bytes when it may use only tokens of lower rank.
-    """
-    for token, rank in ranks.items():
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-            i = pairs.index(min(pairs))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
 
 
 def tokenizer_config(loaded: PretrainedModel) -> dict:

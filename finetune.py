@@ -78,11 +78,12 @@ def main(config: Config) -> None:
         training.print_model_and_batch(config, initial.source, model, procs, batch_size)
     sizes = (batch_size, micro_batch_size, procs.rank, procs.world_size)
     batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, steps))
-    logger = MetricsLogger(run, model, step, steps, config.batch_tokens)
+    bytes_per_token = data.count_val_bytes(data.n_rows["val"]) / data.meta["val"]["loss_tokens"]
+    logger = MetricsLogger(run, model, step, steps, config.batch_tokens, bytes_per_token)
 
     def validation_loss() -> float:
         batches = val_batches(data, data.n_rows["val"], micro_batch_size, procs.rank, procs.world_size)
-        return training.validate(train_model, batches, procs)
+        return training.validate(train_model, batches, procs, logger.log_val_batch)
 
     if step == 0:
         logger.log_validation(step, validation_loss())
@@ -90,21 +91,21 @@ def main(config: Config) -> None:
         started = time.perf_counter()
         lr = get_lr(step, steps, config.lr, config.warmup_fraction)
         training.seed_step(config.seed, step, procs.rank)
-        metrics = training.train_step(train_model, next(batches), optimizer, lr, config.grad_clip, procs)
+        options = (lr, config.grad_clip, procs, logger.log_micro_batch)
+        metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1
         logger.log_step(step, metrics, lr, started)
         save = step % config.save_every == 0 or step == steps
         if save or step % config.val_every == 0:
-            val_loss = validation_loss()
-            logger.log_validation(step, val_loss)
+            val_metrics = logger.log_validation(step, validation_loss())
         if save:
-            run.save(step, model, optimizer, {"val_loss": val_loss})
+            run.save(step, model, optimizer, val_metrics)
     logger.close()
     if step < steps:
         run.save_and_exit(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
-        print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --chat")
+        print(f"next: python {cli.script_path('generate.py')} --checkpoint {shlex.quote(str(run.folder))} --chat")
     procs.close()
 
 
@@ -120,9 +121,11 @@ def check_config(config: Config) -> None:
 def check_tokenizer(config: Config, initial: PretrainedModel, data: ChatDataset) -> None:
     """Raise `UserError` if model and data have different tokenizers."""
     if initial.tokenizer.name != data.tokenizer.name:
+        name = initial.tokenizer.name
+        fix = initial.source if name.startswith("bpe-") else name  # a checkpoint contains its trained vocabulary
         raise UserError(
-            f"{config.data} has {data.tokenizer.name} tokens, {initial.source} has {initial.tokenizer.name} tokens: run"
-            f" prepare_dolly.py with --tokenizer {initial.tokenizer.name}"
+            f"{config.data} has {data.tokenizer.name} tokens, {initial.source} has {name} tokens: run prepare_dolly.py"
+            f" with --tokenizer {fix}"
         )
 
 

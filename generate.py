@@ -1,7 +1,7 @@
 """Generate text with a model, or chat with it.
 
-    python generate.py --prompt "Why is the sky blue?"              # runs/dolly if it exists, else runs/gpt2
-    python generate.py --chat                                       # a conversation; /help lists its commands
+    python generate.py --prompt "Why is the sky blue?"              # the newest run under runs/
+    python generate.py --chat                                       # a conversation with the newest chat run
     python generate.py --checkpoint runs/gpt2 --prompt "The sea" --num_samples 4 --max_tokens 100
     python generate.py --checkpoint openai-community/gpt2 --prompt "The sea"
 
@@ -44,7 +44,7 @@ def main(config: Config) -> None:
     from minigpt.inference import load_for_inference, make_generator
     from minigpt.terminal_chat import TextPrinter, chat
 
-    loaded, device = load_for_inference(config)
+    loaded, device = load_for_inference(config, config.chat)
     if config.chat and not loaded.is_chat:
         raise UserError(f"{loaded.source} is not a chat model: finetune it first, or use --prompt")
     if config.system is not None and (config.raw or not loaded.is_chat):

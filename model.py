@@ -30,10 +30,11 @@ class GPTConfig:
     dropout: float = 0.0
     vocab_multiple: int = 128  # the embedding is padded to a multiple of this many rows, for speed
     init_std: float = 0.02  # of the initial weights; narrow models train faster with about 0.55 / sqrt(n_embd)
+    gelu: str = "tanh"  # GPT-2's approximation, or "none": the exact GELU; the names are those of F.gelu
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if name not in ("dropout", "init_std") and not (isinstance(value, int) and value >= 1):
+            if name not in ("dropout", "init_std", "gelu") and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} is {value!r}: expected an integer of at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}: expected a multiple of n_head, which is {self.n_head}")
@@ -41,6 +42,8 @@ class GPTConfig:
             raise ValueError(f"dropout is {self.dropout}: expected at least 0 and below 1")
         if not self.init_std > 0:
             raise ValueError(f"init_std is {self.init_std}: expected above 0")
+        if self.gelu not in ("tanh", "none"):
+            raise ValueError(f"gelu is {self.gelu!r}: expected 'tanh' or 'none'")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -58,6 +61,7 @@ class GPTConfig:
 PRESETS = {
     "tiny": GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32),  # for tests
     "demo": GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=128, init_std=0.05),  # for a laptop CPU
+    "small": GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, init_std=0.028),  # 11M, for one small GPU
     "gpt2": GPTConfig(),  # 124M parameters
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
@@ -140,16 +144,16 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: C to 4 C, GELU with the tanh approximation (Hendrycks & Gimpel, 2016), back to C."""
+    """The feed-forward layer: C to 4 C, GELU (Hendrycks & Gimpel, 2016), back to C."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.gelu = config.dropout, config.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
         return F.dropout(x, self.dropout, self.training)
 
 

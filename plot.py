@@ -1,6 +1,6 @@
-"""Plot the training curves of one or more runs: losses, learning rate, speed and HellaSwag accuracy.
+"""Plot the training curves of one or more runs: losses, bits per byte, learning rate, speed, HellaSwag.
 
-    python plot.py runs/gpt2                                        # writes loss.png
+    python plot.py                                                  # all runs under runs/, to loss.png
     python plot.py runs/demo runs/demo_chat --x hours --out demo.png
     python plot.py runs/lr_* --x steps                              # compare the runs of a sweep
 
@@ -28,10 +28,15 @@ from minigpt.cli import UserError
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 1.5)), (0, (2, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (12, 2)))
 MARKERS = "os^DvP"
-KEYS = ("loss", "val_loss", "lr", "tokens_per_s", "hellaswag", "hellaswag_norm")  # of the rows in log.jsonl
+# Keys of the rows in log.jsonl.
+KEYS = ("loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "hellaswag", "hellaswag_norm")
 NOISY_KEYS = ("loss", "tokens_per_s")
 TITLES = {"loss": "Training loss", "val_loss": "Validation loss", "lr": "Learning rate"}
-TITLES |= {"tokens_per_s": "Tokens per second", "hellaswag": "HellaSwag accuracy"}
+TITLES |= {
+    "tokens_per_s": "Tokens per second",
+    "bits_per_byte": "Validation bits per byte",
+    "hellaswag": "HellaSwag accuracy",
+}
 EARLY_FRACTION = 0.05  # start of a run; its losses do not affect the range of the loss axis
 SUFFIXES = {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "k"}
 Curves = dict[str, np.ndarray]  # key -> (2, n): x and y; y is NaN at a skipped step
@@ -39,8 +44,8 @@ Curves = dict[str, np.ndarray]  # key -> (2, n): x and y; y is NaN at a skipped 
 
 @dataclass(frozen=True)
 class Config:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders to plot."""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders to plot; default: all runs in runs/."""
     out: Path = Path("loss.png")
     """File to write: .png, .pdf or .svg."""
     x: Literal["tokens", "hours", "steps"] = "tokens"
@@ -53,9 +58,10 @@ def main(config: Config) -> None:
     cli.check_range("smooth", config.smooth, 0, 1)
     if config.out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {config.out}: the file name must end in .png, .pdf or .svg")
-    folders = [path for path in config.runs if not path.is_file()]  # runs/* also matches pictures
+    paths = config.runs or [log.parent for log in sorted(Path("runs").glob("*/log.jsonl")) if log.stat().st_size]
+    folders = [path for path in paths if not path.is_file()]  # runs/* also matches pictures
     if not folders:
-        raise UserError("no run folder given: name at least one, as in plot.py runs/gpt2")
+        raise UserError("no run folder given, and none under runs/: name at least one, as in plot.py runs/gpt2")
     runs = {str(folder).removeprefix("runs/"): get_curves(read_log(folder), config.x) for folder in folders}
     draw_figure(runs, config).savefig(config.out)
     print(f"wrote {config.out} with the curves of {', '.join(runs)}")
@@ -89,8 +95,9 @@ def get_curves(rows: list[dict], x: str) -> Curves:
 def draw_figure(runs: dict[str, Curves], config: Config) -> Figure:
     """Draw the losses in the top row and the other metrics in the bottom row; `runs` maps legend labels to curves."""
     hellaswag = any({"hellaswag", "hellaswag_norm"} & run.keys() for run in runs.values())
-    bottom_row = ["lr", "tokens_per_s", *(["hellaswag"] if hellaswag else [])]
-    mosaic = [["loss"] * 3 + ["val_loss"] * 3, [panel for panel in bottom_row for _ in range(6 // len(bottom_row))]]
+    bits_per_byte = any("bits_per_byte" in run for run in runs.values())
+    bottom_row = ["lr", "tokens_per_s", *["bits_per_byte"] * bits_per_byte, *["hellaswag"] * hellaswag]
+    mosaic = [["loss"] * 6 + ["val_loss"] * 6, [panel for panel in bottom_row for _ in range(12 // len(bottom_row))]]
     figure = Figure(figsize=(13, 8.5), dpi=130, layout="constrained")
     axes = figure.subplot_mosaic(mosaic, height_ratios=[3, 2])
     for i, (label, run) in enumerate(runs.items()):
@@ -123,7 +130,7 @@ def draw_run(axes: dict[str, Axes], i: int, label: str, run: Curves, smooth: flo
             skipped = run[key][0][np.isnan(run[key][1])]
             axis.plot(skipped, np.interp(skipped, x, y), "x", color=color, markersize=9, markeredgewidth=2)
         points = {"marker": marker, "markersize": 5, "markevery": max(1, len(x) // 16)}
-        points = points if key in ("val_loss", "hellaswag") or len(x) < 3 else {}
+        points = points if key in ("val_loss", "bits_per_byte", "hellaswag") or len(x) < 3 else {}
         axis.plot(x, y, color=color, linestyle=":" if key == "hellaswag_norm" else dashes, linewidth=1.8, **points)
 
 
@@ -144,8 +151,8 @@ def moving_average(values: np.ndarray, fraction: float) -> np.ndarray:
 
 def set_y_scale(axis: Axes, panel: str, runs: list[Curves], smooth: float) -> None:
     """Set the range of the y axis, linear or logarithmic; both loss panels get the same one."""
-    is_loss = "loss" in panel
-    keys = ("loss", "val_loss") if is_loss else (panel,)
+    is_loss = panel in ("loss", "val_loss", "bits_per_byte")
+    keys = ("loss", "val_loss") if "loss" in panel else (panel,)
     curves = [filter_curve(run, key, smooth) for run in runs for key in keys]
     curves = [(x, y) for x, y in curves if len(y)]
     if not curves or panel == "hellaswag":

@@ -34,7 +34,7 @@ from minigpt import cli, shards
 from minigpt.chat import encode_chat, to_messages
 from minigpt.cli import Progress, UserError
 from minigpt.shards import FORMAT_VERSIONS, SPLITS
-from minigpt.sources import FileSource, HubSource, SourceConfig, data_suffix, find_files
+from minigpt.sources import DatasetConfig, FileSource, HubSource, data_suffix, find_files
 from minigpt.tokenizer import Tokenizer, load_tokenizer
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -42,7 +42,7 @@ COUNTS = ("records", "truncated", "dropped", "skipped_empty")
 
 
 @dataclass(frozen=True)
-class Config(SourceConfig):
+class Config(DatasetConfig):
     dataset: str = "databricks/databricks-dolly-15k"
     out: Path = Path("data/dolly")
     val_fraction: float = 0.02
@@ -97,6 +97,7 @@ def main(config: Config) -> None:
         print(f"{config.out} is already complete")
         return
 
+    tokenizer.save(config.out)
     splits, counts = {split: Split() for split in SPLITS}, dict.fromkeys(COUNTS, 0)
     progress = Progress(None, "record")
     for source in sources:
@@ -155,7 +156,7 @@ def dataset_meta(config: Config, tokenizer: Tokenizer, sources: list[Source]) ->
     return {
         "version": FORMAT_VERSIONS["chat"],
         "kind": "chat",
-        "tokenizer": config.tokenizer,
+        "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.chat_vocab_size,
         "source": ({"mix": mix} if config.mix else parts[0]) | val_source,
         "block_size": config.block_size,

@@ -19,19 +19,23 @@ from minigpt import cli, shards
 from minigpt.cli import Progress
 from minigpt.prefetch import prefetch
 from minigpt.shards import FORMAT_VERSIONS, SPLITS, ShardWriter
-from minigpt.sources import FileSource, HubSource, SourceConfig, find_files, text_batches
-from minigpt.tokenizer import encode_utf8, load_tokenizer
-
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+from minigpt.sources import (
+    FINEWEB_EDU,
+    DatasetConfig,
+    FileSource,
+    HubSource,
+    TextSourceConfig,
+    open_text_source,
+    text_batches,
+)
+from minigpt.tokenizer import Tokenizer, encode_utf8, load_tokenizer
 
 
 @dataclass(frozen=True)
-class Config(SourceConfig):
+class Config(DatasetConfig, TextSourceConfig):
     dataset: str = FINEWEB_EDU
     out: Path = Path("data/fineweb_edu")
     val_fraction: float = 0.005
-    text_field: str = "text"
-    """The field or column with the text."""
     shard_tokens: int = 100_000_000
     """Tokens per shard, two bytes each."""
     max_tokens: int | None = None
@@ -41,13 +45,14 @@ class Config(SourceConfig):
 def main(config: Config) -> None:
     check_config(config)
     tokenizer = load_tokenizer(config.tokenizer)
-    source = open_source(config)
-    meta = dataset_meta(config, source)
+    source = open_text_source(config)
+    meta = dataset_meta(config, tokenizer, source)
     progress = shards.begin_dataset(config.out, meta)
     if progress is None:
         print(f"{config.out} is already complete")
         return
 
+    tokenizer.save(config.out)
     started, n_empty = time.perf_counter(), progress.get("skipped_empty", 0)
     writers = {split: ShardWriter(config.out, split, config.shard_tokens, progress.get(split)) for split in SPLITS}
     initial = done = count_tokens(writers)
@@ -83,21 +88,13 @@ def check_config(config: Config) -> None:
     cli.check_range("max_tokens", config.max_tokens, 1)
 
 
-def open_source(config: Config) -> FileSource | HubSource:
-    """Return the local files, or the dataset on the hub."""
-    if config.files:
-        return FileSource(find_files(config.files, (".txt", ".jsonl", ".parquet")), config.text_field)
-    name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
-    return HubSource(config.dataset, name, config.text_field, config.split)
-
-
-def dataset_meta(config: Config, source: FileSource | HubSource) -> dict:
+def dataset_meta(config: Config, tokenizer: Tokenizer, source: FileSource | HubSource) -> dict:
     """Return the metadata that is fixed before the work starts. The same metadata gives the same bytes."""
     return {
         "version": FORMAT_VERSIONS["text"],
         "kind": "text",
-        "tokenizer": config.tokenizer,
-        "vocab_size": load_tokenizer(config.tokenizer).vocab_size,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
         "source": source.metadata(),
         "text_field": config.text_field,
         "shard_tokens": config.shard_tokens,

@@ -13,6 +13,7 @@ billion tokens; the README estimates its hours and price. The validation loss st
 import shlex
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ class Config(TrainConfig):
     dropout: float = 0.0
     val_every: int = resumable(250)
     save_every: int = resumable(1000)
-    model: Literal["tiny", "demo", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    model: Literal["tiny", "demo", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
     """The model size, from the table in model.py."""
     n_layer: int | None = None
     """Number of layers, instead of that of --model."""
@@ -100,12 +101,13 @@ def main(config: Config) -> None:
         print_summary(config, data, model, batch_size, procs)
     sizes = (batch_size, micro_batch_size, procs.rank, procs.world_size)
     batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, config.steps))
-    logger = MetricsLogger(run, model, step, config.steps, config.batch_tokens)
+    val_rows = min(data.n_rows["val"], max(1, config.val_tokens // block_size))
+    bytes_per_token = data.count_val_bytes(val_rows) / (val_rows * block_size)
+    logger = MetricsLogger(run, model, step, config.steps, config.batch_tokens, bytes_per_token)
 
     def validation_loss() -> float:
-        max_rows = max(1, config.val_tokens // block_size)
-        batches = val_batches(data, max_rows, micro_batch_size, procs.rank, procs.world_size)
-        return training.validate(train_model, batches, procs)
+        batches = val_batches(data, val_rows, micro_batch_size, procs.rank, procs.world_size)
+        return training.validate(train_model, batches, procs, logger.log_val_batch)
 
     if step == 0:
         logger.log_validation(step, validation_loss())
@@ -113,25 +115,26 @@ def main(config: Config) -> None:
         started = time.perf_counter()
         lr = get_lr(step, config.steps, config.lr, config.warmup_fraction)
         training.seed_step(config.seed, step, procs.rank)
-        metrics = training.train_step(train_model, next(batches), optimizer, lr, config.grad_clip, procs)
+        options = (lr, config.grad_clip, procs, logger.log_micro_batch)
+        metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1
         logger.log_step(step, metrics, lr, started)
         save = step % config.save_every == 0 or step == config.steps
         if save or step % config.val_every == 0:
-            val_loss = validation_loss()
-            logger.log_validation(step, val_loss)
+            val_metrics = logger.log_validation(step, validation_loss())
         if config.hellaswag_every and step % config.hellaswag_every == 0:
             logger.log_hellaswag(step, evaluate_hellaswag(model, examples, data.tokenizer, procs))
         if config.sample_every and step % config.sample_every == 0 and procs.is_main:
             logger.log_samples(step, sample_texts(model, data.tokenizer, config.sample_prompts, config.seed))
         if save:
-            run.save(step, model, optimizer, {"val_loss": val_loss})
+            run.save(step, model, optimizer, val_metrics)
     logger.close()
     if step < config.steps:
         run.save_and_exit(step, model, optimizer)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
-        print(f"next: python generate.py --checkpoint {shlex.quote(str(run.folder))} --prompt 'Once upon a time'")
+        command = f"python {cli.script_path('generate.py')} --checkpoint {shlex.quote(str(run.folder))}"
+        print(f"next: {command} --prompt 'Once upon a time'")
     procs.close()
 
 
@@ -171,12 +174,20 @@ def build_model(
 
 
 def print_summary(config: Config, data: TokenDataset, model: GPT, batch_size: int, procs: Processes) -> None:
-    """Print data, model and batch."""
+    """Print data, model and batch, and warn about many epochs."""
     n_rows = data.n_rows["train"]
+    epochs = config.steps * batch_size / n_rows
     print(
         f"data       {config.data}: {n_rows:,} rows of {data.block_size} tokens, tokenizer {data.tokenizer.name};"
-        f" {config.steps * batch_size / n_rows:.2f} epochs"
+        f" {epochs:,.2f} epochs"
     )
+    if epochs > 20:
+        steps = max(1, round(10 * n_rows / batch_size))
+        print(
+            f"warning: {epochs:,.0f} epochs: a model memorises text that it sees this often; 10 epochs are --steps"
+            f" {steps}{' (more with a lower --batch_tokens)' if steps < 100 else ''}",
+            file=sys.stderr,
+        )
     name = "custom" if config.n_layer or config.n_head or config.n_embd or config.block_size else config.model
     training.print_model_and_batch(config, name, model, procs, batch_size)
 

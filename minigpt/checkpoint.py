@@ -2,6 +2,7 @@
 
     runs/NAME/step_000500/model.safetensors         weights under the model's parameter names
                           train_state.safetensors   optimiser state
+                          tokenizer.json            a trained vocabulary; none for gpt2 and bytes
                           meta.json                 step, model, tokenizer, data, flags, metrics, checksums
 
 A checkpoint is written to a temporary folder beside its final place, flushed to disk and renamed. safetensors files
@@ -22,18 +23,20 @@ from torch import Tensor
 
 from minigpt.cli import UserError
 from minigpt.files import atomic_rename, fsync, read_json, sha256, write_json
+from minigpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
 
 
-def save(folder: Path, model: GPT, train_state: dict[str, Tensor], meta: dict) -> None:
+def save(folder: Path, model: GPT, tokenizer: Tokenizer, train_state: dict[str, Tensor], meta: dict) -> None:
     """Write a checkpoint atomically.
 
     Args:
         model: the raw model, neither compiled nor wrapped.
+        tokenizer: its tokenizer; a trained vocabulary becomes a part of the checkpoint.
         train_state: see `optimizer_state_dict`.
-        meta: "tokenizer", and usually "step", "metrics" and "identity"; version, model and checksums are added here.
+        meta: usually "step", "metrics" and "identity"; version, model, tokenizer and checksums are added here.
 
     Raises:
         UserError: the checkpoint could not be written.
@@ -44,10 +47,11 @@ def save(folder: Path, model: GPT, train_state: dict[str, Tensor], meta: dict) -
         temporary.mkdir(parents=True)
         for name, tensors in {"model": model.state_dict(), "train_state": train_state}.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
+        tokenizer.save(temporary)
         files = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         for file in files:
             fsync(temporary / file)
-        own = {"version": FORMAT_VERSION, "model": asdict(model.config), "files": files}
+        own = {"version": FORMAT_VERSION, "model": asdict(model.config), "tokenizer": tokenizer.name, "files": files}
         write_json(temporary / "meta.json", {"metrics": {}} | meta | own)
         atomic_rename(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -114,8 +118,8 @@ def load_optimizer_state_dict(folder: Path, meta: dict, model: GPT, optimizer: t
 def verify(folder: Path) -> None:
     """Compare all files of a checkpoint with their checksums. Raises `UserError` if one is corrupt."""
     meta = read_meta(folder)
-    for name in ("model", "train_state"):
-        verify_file(folder / f"{name}.safetensors", meta)
+    for name in {"model.safetensors", "train_state.safetensors", *meta["files"]}:
+        verify_file(folder / Path(name).name, meta)
 
 
 def verify_file(file: Path, meta: dict) -> None:

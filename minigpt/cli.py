@@ -4,17 +4,20 @@ Importing this module is cheap: tyro and tqdm are imported when they are used.
 """
 
 import dataclasses
+import difflib
 import errno
 import io
 import math
 import os
+import shlex
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TextIO
 
 # Control characters, which could steer a terminal. Line feed and tab are kept.
 CONTROL_CHARS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -40,7 +43,10 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
         try:
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(format_docstring(description or ""), end="\n\n")  # tyro would join its lines
-            main(tyro.cli(config_class, description="", use_underscores=True))
+            options = {"description": "", "use_underscores": True, "return_unknown_args": True}
+            config, unknown = tyro.cli(config_class, **options)
+            check_unknown_args(config, unknown)
+            main(config)
         finally:
             sys.stdout.flush()  # raises BrokenPipeError here, where it is handled
     except UserError as error:
@@ -59,6 +65,26 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
             raise
         fix = ": free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         exit_with_error(f"{error.filename or 'file system'}: {error.strerror}{fix}")
+
+
+def check_unknown_args(config: Any, unknown: Sequence[str]) -> None:
+    """Raise `UserError` with a suggestion if a part of the command line is not a flag or its value."""
+    names = {field.name for field in dataclasses.fields(config)}
+    names |= {f"no_{name}" for name in names if isinstance(getattr(config, name), bool)}
+    script = Path(sys.argv[0]).name
+    for flag in (word.split("=")[0] for word in unknown if word.startswith("-")):
+        name = flag.lstrip("-").replace("-", "_")
+        nearest = difflib.get_close_matches(name, names - {name}, n=1, cutoff=0.5)
+        fix = f"did you mean --{nearest[0]}?" if nearest else f"see {script} --help"
+        raise UserError(f"unknown flag {flag}: {fix}")
+    if unknown and "prompt" in names:
+        prompt = " ".join([*filter(None, [config.prompt]), *unknown])
+        quoted = shlex.quote(prompt) if set(prompt) & set('"$`\\!') else f'"{prompt}"'
+        raise UserError(
+            f"unexpected argument {unknown[0]}: give a prompt with its flag and in quotes: --prompt {quoted}"
+        )
+    if unknown:
+        raise UserError(f"unexpected argument {unknown[0]}: it does not belong to a flag; see {script} --help")
 
 
 def exit_with_error(message: str, code: int = 2) -> None:
@@ -81,6 +107,12 @@ def format_docstring(text: str) -> str:
     parts = text.strip().split("\n\n")
     fits = [part.startswith(" ") or max(map(len, part.splitlines())) <= width for part in parts]
     return "\n\n".join(part if fit else textwrap.fill(part, width) for part, fit in zip(parts, fits, strict=True))
+
+
+def script_path(name: str) -> str:
+    """Return a script's path for a command to copy: its name, or its quoted path if run from another folder."""
+    folder = Path(sys.argv[0]).parent
+    return shlex.quote(name if folder.resolve() == Path.cwd() else str(folder / name))
 
 
 def strip_control_chars(text: str) -> str:
@@ -108,7 +140,7 @@ class CheckpointConfig:
     """The flag of scripts that load a model."""
 
     checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; default: runs/dolly, else runs/gpt2."""
+    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; default: the newest run in runs/."""
 
 
 @dataclass(frozen=True)
@@ -139,45 +171,72 @@ class Progress:
     def __init__(self, total: int | None, unit: str, initial: int = 0, enabled: bool = True, seconds: float = 10.0):
         self.total, self.unit, self.done, self.enabled, self.seconds = total, unit, initial, enabled, seconds
         self.initial, self.started = initial, time.perf_counter()
+        self.fraction, self.postfix, self.updated = 0.0, "", self.started  # of the next unit; of the last update
         self.printed = -math.inf if total else self.started  # work of unknown length may end before the first interval
         self.bar = None
         if enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
-            layout = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            count = "{n_fmt}/{total_fmt}" if unit == "token" else "{desc}"  # n_fmt would show a fraction's digits
+            layout = f"{{percentage:3.0f}}%|{{bar:10}}| {count} [{{elapsed}}<{{remaining}}{{postfix}}]"
             options = {"unit_scale": unit == "token", "dynamic_ncols": True, "bar_format": layout if total else None}
-            self.bar = tqdm(total=total, unit=unit, initial=initial, **options)
+            self.bar = tqdm(total=total, unit=unit, initial=initial, desc=self.count() if total else None, **options)
 
     def update(self, n: int, postfix: str = "") -> None:
         """Count `n` more units; `postfix` is printed after the count."""
-        self.done += n
+        self.done, self.fraction, self.postfix, self.updated = self.done + n, 0.0, postfix, time.perf_counter()
+        self._show(postfix, self.done == self.total or self.updated - self.printed > self.interval())
+
+    def update_fraction(self, fraction: float, note: str) -> None:
+        """Count a fraction of the next unit. Units of less than a second are shown when they are complete."""
+        self.fraction, now = fraction, time.perf_counter()
+        if now - self.updated > 1:
+            self._show(f"{note}  {self.postfix}", now - max(self.printed, self.started) > self.interval())
+
+    def _show(self, postfix: str, print_line: bool) -> None:
         if self.bar is not None:
+            self.bar.set_description_str(self.count() if self.total else None, refresh=False)
             self.bar.set_postfix_str(postfix, refresh=False)
-            self.bar.update(n)
-        elif self.enabled and (time.perf_counter() - self.printed > self.interval() or self.done == self.total):
+            self.bar.update(self.done + self.fraction - self.bar.n)
+        elif self.enabled and print_line:
             self.printed = time.perf_counter()
-            of_total = f"/{self.total:,}" if self.total else ""
-            print(f"{self.unit} {self.done:,}{of_total}  {postfix}  {self.time_left()}".rstrip(), flush=True)
+            line = f"{self.unit} {self.count()}  {postfix.rstrip()}  {self.time_left()}"
+            print(line.rstrip(), flush=True)
+
+    def count(self) -> str:
+        """Return the number of whole units as "1,234/19,073"."""
+        return f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")
+
+    def restart_clock(self) -> None:
+        """Exclude the time until now from the time left."""
+        self.started = time.perf_counter()
+        if self.bar is not None:
+            self.bar.start_t = self.bar.last_print_t = time.time()  # of tqdm's clock
 
     def interval(self) -> float:
         """Return the seconds between two lines: a hundredth of the elapsed time, but `seconds` to ten minutes."""
         return min(max(self.seconds, (time.perf_counter() - self.started) / 100), 600)
 
+    def seconds_left(self) -> float | None:
+        """Return the estimated remaining time; None if the total is unknown or nothing is done."""
+        done = self.done + self.fraction
+        if not self.total or done <= self.initial:
+            return None
+        return (time.perf_counter() - self.started) / (done - self.initial) * max(0, self.total - done)
+
     def time_left(self) -> str:
-        """Return the estimated remaining time as "12:34 left"; empty if the total is unknown."""
-        if not self.total or self.done <= self.initial:
-            return ""
+        """Return the estimated remaining time as "12:34 left"; empty if it is unknown."""
         from tqdm import tqdm
 
-        per_unit = (time.perf_counter() - self.started) / (self.done - self.initial)
-        return f"{tqdm.format_interval(per_unit * max(0, self.total - self.done))} left"
+        seconds = self.seconds_left()
+        return "" if seconds is None else f"{tqdm.format_interval(seconds)} left"
 
-    def print(self, line: str) -> None:
-        """Print a line above the bar."""
+    def print(self, line: str, file: TextIO | None = None) -> None:
+        """Print a line above the bar, by default to stdout."""
         if self.bar is not None:
-            self.bar.write(line)
+            self.bar.write(line, file)
         elif self.enabled:
-            print(line, flush=True)
+            print(line, file=file, flush=True)
 
     def close(self) -> None:
         """Close the bar; later output starts on a new line."""

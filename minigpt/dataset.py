@@ -117,7 +117,7 @@ class Dataset:
     def __init__(self, folder: str | Path, block_size: int):
         self.folder, self.block_size = Path(folder), block_size
         self.meta = read_meta(self.folder, self.kind)
-        self.tokenizer = load_tokenizer(self.meta.get("tokenizer", ""))
+        self.tokenizer = load_tokenizer(self.meta.get("tokenizer", ""), self.folder)
         self.arrays = open_arrays(self.folder, self.meta)
         self.n_rows: dict[str, int] = {}
         identity = [self.kind, self.meta["tokenizer"], *(self.meta[split]["files"] for split in SPLITS)]
@@ -126,6 +126,18 @@ class Dataset:
     def batch(self, split: str, rows: Sequence[int]) -> Batch:
         """Return these rows of a split."""
         raise NotImplementedError
+
+    def count_val_bytes(self, max_rows: int) -> int:
+        """Return the bytes of text in the targets of the first `max_rows` validation rows; special tokens have none."""
+        tokenizer = self.tokenizer
+        n_special = tokenizer.chat_vocab_size - tokenizer.end_of_text
+        lengths = [len(tokenizer.token_bytes(token)) for token in range(tokenizer.end_of_text)] + [0] * n_special
+        lengths = torch.tensor(lengths)
+        n_bytes, n_rows = 0, min(max_rows, self.n_rows["val"])
+        for start in range(0, n_rows, 64):
+            targets = self.batch("val", range(start, min(start + 64, n_rows))).targets
+            n_bytes += int(lengths[targets[targets != IGNORE_INDEX]].sum())
+        return n_bytes
 
     def check_tokens(self, largest: int, vocab_size: int) -> None:
         """Raise `UserError` if a token is outside the vocabulary."""

@@ -157,8 +157,10 @@ class StaticKVCache(KVCache):
         return self.keys[layer], self.values[layer]
 
 
-def load_for_inference(config: InferenceConfig) -> tuple[PretrainedModel, torch.device]:
+def load_for_inference(config: InferenceConfig, chat: bool = False) -> tuple[PretrainedModel, torch.device]:
     """Load the model that the flags name and optimise it for inference; return it with its device.
+
+    Without --checkpoint it is that of the newest run, with `chat` of the newest chat run.
 
     Raises `UserError` if the model or device does not exist, or if flags contradict each other.
     """
@@ -167,7 +169,7 @@ def load_for_inference(config: InferenceConfig) -> tuple[PretrainedModel, torch.
     device = find_device(config.device)
     if config.quantize and device.type != "cpu":
         raise UserError("--quantize runs on CPUs only: add --device cpu, or omit it")
-    loaded = load_pretrained(config.checkpoint)
+    loaded = load_pretrained(config.checkpoint, chat)
     optimize_for_inference(loaded.model, device, getattr(torch, config.dtype), int8=config.quantize is not None)
     return loaded, device
 

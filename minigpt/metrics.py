@@ -7,6 +7,7 @@ import math
 import re
 import secrets
 import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -49,15 +50,19 @@ class MetricsLogger:
         model: its model.
         step, steps: completed steps, and steps of the whole run.
         batch_tokens: tokens per step over all processes.
+        val_bytes_per_token: mean number of bytes of a validation target.
     """
 
-    def __init__(self, run: Run, model: GPT, step: int, steps: int, batch_tokens: int):
+    def __init__(self, run: Run, model: GPT, step: int, steps: int, batch_tokens: int, val_bytes_per_token: float):
         self.run, self.procs, self.batch_tokens = run, run.procs, batch_tokens
+        self.val_bytes_per_token, self.on_cpu = val_bytes_per_token, self.procs.device.type == "cpu"
+        self.checked_duration = False
         self.skipped_steps = 0  # consecutive
         flops, source = peak_flops(self.procs)
         self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
         self.progress = Progress(steps, "step", initial=step, enabled=self.procs.is_main)
-        self.progress.print(f"peak       100 % MFU is {flops / 1e12:,.2f} TFLOP/s per process ({source})")
+        if not self.on_cpu:
+            self.progress.print(f"peak       100 % MFU is {flops / 1e12:,.2f} TFLOP/s per process ({source})")
         names = dict.fromkeys(run.config.report_to) if self.procs.is_main else ()
         self.trackers = [open_tracker(name, run.folder, run.config, step) for name in names]
         for tracker in self.trackers:
@@ -77,7 +82,7 @@ class MetricsLogger:
         if not finite:
             row |= {"loss": None, "grad_norm": None, "skipped": True}  # JSON has no NaN
         self._write(step, row)
-        speed = f"{tokens_per_s:,.0f} tok/s  MFU {mfu:.1%}"
+        speed = f"{tokens_per_s:,.0f} tok/s" + ("" if self.on_cpu else f"  MFU {mfu:.1%}")
         self.progress.update(1, f"loss {loss:.4f}  {speed}  lr {lr:.2e}  norm {grad_norm:.2f}")
         self.skipped_steps = 0 if finite else self.skipped_steps + 1
         if not finite:
@@ -91,9 +96,37 @@ class MetricsLogger:
                 f" last good checkpoint is {newest}: lower --lr or check the data, and start again with another --out"
             )
 
-    def log_validation(self, step: int, val_loss: float) -> None:
-        """Log a validation loss."""
-        self._write(step, {"val_loss": val_loss}, f"validation loss {val_loss:.4f}")
+    def log_micro_batch(self, done: int, total: int) -> None:
+        """Show how much of a step is done, and warn once if the run will take more than a day.
+
+        For CPUs, on which a step can take an hour; a GPU has not finished a micro-batch when its call returns.
+        """
+        if not self.on_cpu:
+            return
+        self.progress.update_fraction(done / total, f"micro-batch {done}/{total}")
+        if not self.checked_duration and done >= min(3, total):
+            self.checked_duration = True
+            days = self.progress.seconds_left() / 86_400
+            if days > 1:
+                self.progress.print(
+                    f"warning: this run will take about {days:.1f} days on this CPU: choose a smaller model, lower"
+                    " --steps or --batch_tokens, or use a GPU",
+                    file=sys.stderr,
+                )
+
+    def log_val_batch(self, n: int) -> None:
+        """Show that `n` batches of a validation are done, on a CPU."""
+        if self.on_cpu:
+            self.progress.update_fraction(0.0, f"validation batch {n}")
+
+    def log_validation(self, step: int, val_loss: float) -> dict[str, float]:
+        """Log a validation loss; return it with its bits per byte, which are comparable between tokenizers."""
+        bits_per_byte = val_loss / math.log(2) / self.val_bytes_per_token
+        values = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
+        self._write(step, values, f"validation loss {val_loss:.4f} nats per token, {bits_per_byte:.2f} bits per byte")
+        if self.progress.done == self.progress.initial:
+            self.progress.restart_clock()  # the time left is that of the steps
+        return values
 
     def log_hellaswag(self, step: int, accuracies: dict[str, float]) -> None:
         """Log the result of `evaluate_hellaswag`."""

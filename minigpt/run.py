@@ -18,7 +18,7 @@ from minigpt.cli import UserError
 from minigpt.dataset import Dataset
 from minigpt.distributed import Processes
 from minigpt.files import atomic_rename, lock_folder
-from model import GPT
+from model import GPT, GPTConfig
 
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
 RUN_FILES = ("log.jsonl", "log.tmp", ".lock", "tensorboard", "wandb")  # besides the checkpoints
@@ -44,7 +44,7 @@ class Run:
     def __init__(self, config: Any, data: Dataset, procs: Processes, history: Sequence[dict] = ()):
         self.folder, self.config, self.procs = Path(config.out), config, procs
         self.history, self.source = list(history), data.meta.get("source", {})
-        self.tokenizer, self.log_file = data.tokenizer.name, self.folder / "log.jsonl"
+        self.tokenizer, self.log_file = data.tokenizer, self.folder / "log.jsonl"
         self.identity = {
             field.name: getattr(config, field.name) for field in fields(config) if "resumable" not in field.metadata
         }
@@ -86,7 +86,8 @@ class Run:
         step = None
         if self.newest_checkpoint is not None:
             meta = checkpoint.read_meta(self.newest_checkpoint)
-            self._check_same(meta["model"], asdict(model.config))
+            saved = asdict(GPTConfig()) | meta["model"]  # a field that is newer than the checkpoint has its default
+            self._check_same(saved, asdict(model.config))
             model.load_state_dict(checkpoint.load_tensors(self.newest_checkpoint, "model", meta))
             checkpoint.load_optimizer_state_dict(self.newest_checkpoint, meta, model, optimizer)
             step = meta["step"]
@@ -117,7 +118,6 @@ class Run:
         if self.procs.is_main:
             meta = {
                 "step": step,
-                "tokenizer": self.tokenizer,
                 "metrics": metrics,
                 "identity": self.identity,
                 "config": asdict(self.config),
@@ -125,7 +125,8 @@ class Run:
                 "history": self.history,
             }
             folder = self.folder / f"step_{step:06d}"
-            checkpoint.save(folder, model, checkpoint.optimizer_state_dict(model, optimizer), meta)
+            train_state = checkpoint.optimizer_state_dict(model, optimizer)
+            checkpoint.save(folder, model, self.tokenizer, train_state, meta)
             checkpoint.prune(self.folder, self.config.keep)
         self.procs.barrier()
 
@@ -142,7 +143,7 @@ class Run:
         if number == signal.SIGINT and self.signal_time and time.monotonic() - self.signal_time > 1:
             os._exit(130)
         if not self.signal_time and self.procs.is_main:
-            os.write(2, b"\nstopping after this step\n")  # print() is not reentrant
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop now\n")  # print() is not reentrant
         self.stop_reason = self.stop_reason or signal.Signals(number).name
         self.signal_time = self.signal_time or time.monotonic()
 

@@ -11,6 +11,7 @@ latter is written last and makes the folder complete: contents, source, and the 
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ FORMAT_VERSIONS = {"text": 1, "chat": 2}
 SCRIPTS = {"text": "prepare_fineweb.py", "chat": "prepare_dolly.py"}
 SPLITS = ("train", "val")
 PROGRESS_FILE = "incomplete.json"  # replaces meta.json while the folder is being written
+# Shards of other repositories, such as fineweb_train_000001.bin, edufineweb_val_000000.npy and train.bin.
+BARE_SHARD = re.compile(r"(?:.*[_-])?(train|val)(?:[_-]?\d+)?\.(?:npy|bin)")
+BIN_FORMAT = (20240520, 1)  # magic and version in the header of llm.c's GPT-2 shards
 
 
 def is_validation(document: bytes, val_fraction: float) -> bool:
@@ -195,11 +199,24 @@ def read_meta(folder: Path, kind: str | None = None) -> dict:
 
 
 def infer_meta(folder: Path, kind: str | None) -> dict:
-    """Return metadata for shards of other GPT-2 repositories, `*train_*.npy` and `*val_*.npy` without meta.json."""
-    shards = {split: sorted(folder.glob(f"*{split}_*.npy")) for split in SPLITS}
-    if kind == "chat" or not all(shards.values()):
+    """Return metadata for shards of other GPT-2 repositories: `.npy` or `.bin` files without meta.json."""
+    shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for file in sorted(folder.iterdir()):
+        if match := BARE_SHARD.fullmatch(file.name):
+            shards[match[1]].append(file)
+    if kind == "chat":
+        raise UserError(f"{folder} is incomplete or not a dataset: it has no meta.json")
+    if not all(shards.values()):
         raise UserError(
-            f"{folder} is incomplete or not a dataset: it has no meta.json, and no *train_*.npy and *val_*.npy"
+            f"{folder} is incomplete or not a dataset: it has no meta.json, and no shards of both splits, such as"
+            " NAME_train_000001.bin (or .npy) and NAME_val_000000.bin"
+        )
+    if len({file.suffix for files in shards.values() for file in files}) > 1:
+        raise UserError(f"{folder} holds shards in .npy and .bin files: keep one of the two formats")
+    if (folder / "meta.pkl").exists():
+        raise UserError(
+            f"{folder} holds nanoGPT's character tokens: their vocabulary, meta.pkl, is a pickle and is never loaded;"
+            " prepare the text with prepare_fineweb.py --files input.txt --tokenizer bytes"
         )
     meta: dict = {"kind": "text", "tokenizer": "gpt2"}
     for split, files in shards.items():
@@ -231,11 +248,12 @@ def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
 
 def open_array(file: Path, length: int | None = None) -> np.ndarray:
     """Map a one-dimensional array into memory. Raises `UserError` if it is missing, corrupt or of another length."""
-    fix = f"delete {file.parent} and prepare it again"
+    is_bin = file.suffix == ".bin"
+    fix = "download or write it again" if is_bin else f"delete {file.parent} and prepare it again"
+    if not file.is_file():
+        raise UserError(f"{file} is {'not a regular file' if file.exists() else 'missing'}: {fix}")
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: {fix}") from None
+        array = open_bin(file) if is_bin else np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:  # a corrupt header, fewer bytes than the header says, an empty file
         raise UserError(f"{file} is corrupt or truncated: {error}; {fix}") from None
     if not isinstance(array, np.ndarray):  # a .npz archive
@@ -245,3 +263,30 @@ def open_array(file: Path, length: int | None = None) -> np.ndarray:
     if length not in (None, len(array)):
         raise UserError(f"{file} has {len(array)} entries, expected {length} from its meta.json: {fix}")
     return array
+
+
+def open_bin(file: Path) -> np.ndarray:
+    """Map the uint16 tokens of a `.bin` file: with llm.c's header of 256 int32, or nanoGPT's without one.
+
+    Raises `ValueError` if the header is of another format or does not fit the size.
+    """
+    size, header = file.stat().st_size, np.fromfile(file, dtype="<i4", count=256)
+    if len(header) and header[0] // 10_000 == 2024:  # llm.c's magics are dates; as a token, each is above 50,256
+        magic, version, n_tokens = [*header[:3].tolist(), 0, 0][:3]
+        if (magic, version) != BIN_FORMAT:
+            raise UserError(
+                f"{file} has magic {magic} and version {version} in its header, expected {BIN_FORMAT[0]} and"
+                f" {BIN_FORMAT[1]}: only GPT-2 tokens in uint16 are supported, not other files of llm.c, such as"
+                " Llama 3's tokens in uint32 (magic 20240801)"
+            )
+        expected = 1024 + 2 * n_tokens
+        if size != expected:
+            raise ValueError(f"it has {size:,} bytes, expected {expected:,} for the {n_tokens:,} tokens in its header")
+        offset = 1024
+    else:
+        offset, n_tokens = 0, size // 2
+        if size % 2:
+            raise ValueError(f"it has an odd number of bytes, {size:,}, expected uint16 tokens")
+    if n_tokens == 0:
+        raise ValueError("it holds no tokens")
+    return np.memmap(file, dtype=np.uint16, mode="r", offset=offset, shape=(n_tokens,))

@@ -18,6 +18,7 @@ from minigpt.files import sha256
 
 Record = tuple[str, dict]
 
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 COMPRESSIBLE = (".txt", ".jsonl", ".json")  # suffixes that may be followed by .gz or .zst
 BATCH_CHARS = 4_000_000
@@ -26,22 +27,18 @@ DOCUMENT_CHARS = 16_384  # a long .txt file is split into documents of about thi
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """The flags that prepare_fineweb.py and prepare_dolly.py share; their defaults are in the scripts."""
+    """The flags of scripts that read texts or conversations; their defaults are in the scripts."""
 
     dataset: str
     """A dataset on the Hugging Face Hub."""
     out: Path
-    """The dataset folder to write."""
-    val_fraction: float
-    """Fraction of the documents or conversations for the validation split."""
+    """The folder to write."""
     name: str | None = None
     """Configuration of the dataset; default: sample-10BT for FineWeb-Edu, else the dataset's default."""
     split: str = "train"
     """Split of the dataset."""
     files: tuple[str, ...] = ()
     """Local files instead of a dataset: paths, folders or globs; text and JSON also with .gz or .zst."""
-    tokenizer: str = "gpt2"
-    """gpt2, or bytes, which needs no download."""
 
     def check(self, *others: str) -> None:
         """Raise `UserError` if more than one of --files, --dataset and `others` is given, or for invalid values."""
@@ -49,6 +46,27 @@ class SourceConfig:
         if hub_flags + sum(bool(getattr(self, name)) for name in ("files", *others)) > 1:
             names = ", ".join(f"--{name}" for name in ("files", *others))
             raise UserError(f"{names} and --dataset with --name and --split cannot be combined: give one of them")
+
+
+@dataclass(frozen=True)
+class TextSourceConfig(SourceConfig):
+    """The flags of scripts that read texts."""
+
+    text_field: str = "text"
+    """The field or column with the text."""
+
+
+@dataclass(frozen=True)
+class DatasetConfig(SourceConfig):
+    """The flags that prepare_fineweb.py and prepare_dolly.py share."""
+
+    val_fraction: float = 0.005
+    """Fraction of the documents or conversations for the validation split."""
+    tokenizer: str = "gpt2"
+    """gpt2; bytes, which needs no download; or a folder that prepare_tokenizer.py wrote."""
+
+    def check(self, *others: str) -> None:
+        super().check(*others)
         check_range("val_fraction", self.val_fraction, 0, 0.5, open_low=True)
 
 
@@ -133,6 +151,14 @@ class HubSource:
                 self.position = {"row": row, "table": begin, "done": done}
                 yield f"{self.label} row {row}", record
             begin, done = self.stream.state_dict(), 0
+
+
+def open_text_source(config: TextSourceConfig) -> FileSource | HubSource:
+    """Return the local files, or the dataset on the hub. Raises `UserError` if they do not exist."""
+    if config.files:
+        return FileSource(find_files(config.files, (".txt", ".jsonl", ".parquet")), config.text_field)
+    name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
+    return HubSource(config.dataset, name, config.text_field, config.split)
 
 
 def text_batches(source: FileSource | HubSource, position: Any, text_field: str) -> Iterator[tuple[list[str], Any]]:

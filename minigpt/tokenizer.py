@@ -1,58 +1,66 @@
 """Text to token ids and back.
 
 One class serves every vocabulary: byte-level byte-pair encoding ranks in a `tiktoken.Encoding`. `gpt2` is OpenAI's
-vocabulary; `bytes` has one token per byte and needs no download. The special tokens (end of text, the chat roles, the
-end of a turn) have ids behind the text vocabulary. Text is always encoded as ordinary text: a user who types "<|end|>"
-gets the ordinary tokens of seven characters.
+vocabulary; `bytes` has one token per byte and needs no download; prepare_tokenizer.py trains others, which are named by
+the hash of their content. The special tokens (end of text, the chat roles, the end of a turn) have ids behind the text
+vocabulary. Text is always encoded as ordinary text: a user who types "<|end|>" gets the ordinary tokens of seven
+characters.
 """
 
 import base64
 import codecs
 import functools
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiktoken
 
 from minigpt.cli import UserError
+from minigpt.tokenizer_json import PATTERNS, build_tokenizer_json, read_vocabulary
 
-TOKENIZER_NAMES = ("gpt2", "bytes")
+BUILT_IN = {  # content hash -> name
+    "d6a42a0ae6f4": "gpt2",
+    "0635e32baa59": "bytes",
+}
+TOKENIZER_FILE = "tokenizer.json"  # beside the data or weights of a trained vocabulary
+MAX_VOCAB_SIZE = 65_000  # tokens are stored as uint16, and the chat tokens follow
 ROLES = ("system", "user", "assistant")
+END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHECK_EVERY = 512  # of each batch, every 512th text is encoded by tiktoken too and compared
 
 
 class Tokenizer:
-    """A vocabulary. Raises `UserError` for an unknown name, or if the vocabulary cannot be downloaded.
+    """A vocabulary: its byte-level BPE ranks, and the name of the pattern in `PATTERNS` that splits text.
 
     Attributes:
-        name: "gpt2" or "bytes".
-        vocab_size: text tokens and end of text: 50,257 or 257.
+        name: "gpt2", "bytes", or "bpe-" and the hash of pattern and ranks.
+        vocab_size: text tokens and end of text: 50,257 for gpt2, 257 for bytes.
         chat_vocab_size: `vocab_size` and the chat tokens.
         end_of_text: the token at the start of every document.
         end_of_turn: the token at the end of every chat message.
         role_tokens: the token at the start of a chat message, by role.
     """
 
-    def __init__(self, name: str):
-        if name not in TOKENIZER_NAMES:
-            raise UserError(f"there is no tokenizer {name!r}: choose one of {', '.join(TOKENIZER_NAMES)}")
-        self.name = name
-        if name == "gpt2":
-            pattern, ranks = load_gpt2_ranks()
-        else:  # every byte is a token, so any split pattern gives the same tokens
-            pattern, ranks = r"(?s:.{1,32})", {bytes([byte]): byte for byte in range(256)}
+    def __init__(self, pattern: str, ranks: dict[bytes, int]):
+        self.pattern, self.ranks = pattern, ranks
+        digest = hash_vocabulary(pattern, ranks)
+        self.name = BUILT_IN.get(digest, f"bpe-{digest}")
         self.end_of_text = len(ranks)
         self.vocab_size = self.end_of_text + 1
         self.chat_vocab_size = self.vocab_size + len(CHAT_TOKENS)
-        special_tokens = {token: self.end_of_text + i for i, token in enumerate(("<|endoftext|>", *CHAT_TOKENS))}
+        special_tokens = {token: self.end_of_text + i for i, token in enumerate((END_OF_TEXT, *CHAT_TOKENS))}
         self.role_tokens = {role: special_tokens[f"<|{role}|>"] for role in ROLES}
         self.end_of_turn = special_tokens["<|end|>"]
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+        self.encoding = tiktoken.Encoding(
+            self.name, pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=special_tokens
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text. Names of special tokens in it are ordinary text."""
@@ -94,28 +102,81 @@ class Tokenizer:
     def gigatoken(self) -> Any:
         """The same vocabulary in gigatoken, about 15 times faster than tiktoken on gpt2; None if it is not installed or
         not needed."""
-        if self.name == "bytes":
+        if self.pattern == "bytes":
             return None
         try:
             import gigatoken
         except ImportError:
             print("note: gigatoken is not installed (pip install gigatoken); tiktoken is about 15 times slower")
             return None
-        tokens = [self.token_bytes(token) for token in range(self.end_of_text)]
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            file.write(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+            file.write(self.to_tiktoken())
             file.flush()
-            return gigatoken.Tokenizer.from_tiktoken(file.name, "gpt2", {})
+            return gigatoken.Tokenizer.from_tiktoken(file.name, self.pattern, {})
+
+    def to_tiktoken(self) -> bytes:
+        """Return the ranks in tiktoken's file format: a line for each token, in base64, with its rank."""
+        return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items())
+
+    def to_json(self, chat: bool = False) -> str:
+        """Return the content of a tokenizer.json, for Hugging Face's libraries; `chat` adds the chat tokens."""
+        return build_tokenizer_json(self.pattern, self.ranks, (END_OF_TEXT, *(CHAT_TOKENS if chat else ())))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json beside data or weights that need it; the built-in vocabularies need none."""
+        if self.name not in BUILT_IN.values():
+            (folder / TOKENIZER_FILE).write_text(self.to_json(), encoding="utf-8")
+
+
+def load_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
+    """Return a tokenizer, loaded once.
+
+    Args:
+        name: "gpt2", "bytes", the path of a trained vocabulary, or the name of one whose file is in `folder`.
+        folder: a dataset folder or checkpoint.
+
+    Raises:
+        UserError: there is no such vocabulary, it is corrupt, or it cannot be downloaded.
+    """
+    if name == "gpt2":
+        return load_gpt2()
+    if name == "bytes":
+        return load_bytes()
+    path = Path(name) if folder is None else folder
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        if folder is not None:
+            raise UserError(f"{file} is missing, the vocabulary {name}: prepare or copy the folder again")
+        raise UserError(
+            f"there is no tokenizer {name!r}: choose {', '.join(BUILT_IN.values())} or a folder that"
+            " prepare_tokenizer.py wrote"
+        )
+    tokenizer = read_tokenizer(file)
+    if folder is not None and tokenizer.name != name:
+        raise UserError(f"{file} is not the vocabulary {name}, but {tokenizer.name}: prepare or copy the folder again")
+    return tokenizer
 
 
 @functools.cache
-def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer of that name, loaded once. Raises `UserError` as `Tokenizer` does."""
-    return Tokenizer(name)
+def read_tokenizer(file: Path, vocab_size: int | None = None) -> Tokenizer:
+    """Return the vocabulary of a tokenizer.json.
+
+    `vocab_size` is that of the model; if it includes the chat tokens, the file must name them. Raises `UserError` if
+    the file is corrupt, or if its special tokens are not ours.
+    """
+    pattern, ranks, special_tokens = read_vocabulary(file)
+    if len(ranks) > MAX_VOCAB_SIZE:
+        raise UserError(f"{file} has {len(ranks):,} tokens: at most {MAX_VOCAB_SIZE:,} are supported")
+    tokenizer = Tokenizer(pattern, ranks)
+    chat_tokens = {token: tokenizer.vocab_size + i for i, token in enumerate(CHAT_TOKENS)}
+    if vocab_size == tokenizer.chat_vocab_size and not chat_tokens.items() <= special_tokens.items():
+        raise UserError(f"{file} has another chat format: it lacks {', '.join(CHAT_TOKENS)}")
+    return tokenizer
 
 
-def load_gpt2_ranks() -> tuple[str, dict[bytes, int]]:
-    """Return the split pattern and the ranks of GPT-2's vocabulary, which tiktoken downloads once."""
+@functools.cache
+def load_gpt2() -> Tokenizer:
+    """Return GPT-2's vocabulary, which tiktoken downloads once."""
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken's HTTP client raises many types
@@ -123,7 +184,21 @@ def load_gpt2_ranks() -> tuple[str, dict[bytes, int]]:
             f"the gpt2 vocabulary could not be downloaded ({type(error).__name__}): run once with network access, or"
             " set TIKTOKEN_CACHE_DIR to a copy of another machine's tiktoken cache; --tokenizer bytes needs no download"
         ) from None
-    return encoding._pat_str, encoding._mergeable_ranks  # as tiktoken's README extends an encoding
+    return Tokenizer("gpt2", encoding._mergeable_ranks)  # as tiktoken's README extends an encoding
+
+
+@functools.cache
+def load_bytes() -> Tokenizer:
+    """Return the vocabulary of one token per byte."""
+    return Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
+
+
+def hash_vocabulary(pattern: str, ranks: dict[bytes, int]) -> str:
+    """Return 12 hexadecimal digits that identify a vocabulary by its content."""
+    digest = hashlib.sha256(PATTERNS[pattern].encode())
+    for token in ranks:  # in the order of their ranks
+        digest.update(len(token).to_bytes(4, "big") + token)
+    return digest.hexdigest()[:12]
 
 
 def encode_utf8(text: str) -> bytes:

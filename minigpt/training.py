@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,12 +85,13 @@ def train_step(
     lr: float,
     grad_clip: float,
     procs: Processes,
+    on_micro_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Do one optimiser step on this process's micro-batches of the global batch.
 
     The loss is the sum over all targets of all micro-batches on all processes, divided by their number. So no target
     weighs more because its micro-batch has fewer. If the loss or a gradient is not finite, weights and optimiser state
-    stay unchanged.
+    stay unchanged. `on_micro_batch(done, total)` is called after each micro-batch.
 
     Returns:
         loss: mean cross-entropy per target of the global batch in nats; on the device, like grad_norm.
@@ -108,6 +109,8 @@ def train_step(
                 loss = model(batch.tokens, batch.targets, batch.positions)
             (loss * (procs.world_size / n_targets)).backward()  # DDP averages gradients: undo its division
         loss_sum += loss.detach()
+        if on_micro_batch is not None:
+            on_micro_batch(i + 1, len(batches))
     loss = procs.all_reduce(loss_sum) / n_targets
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     # found_inf=1 makes fused AdamW skip the update without a host sync.
@@ -123,16 +126,23 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, batches: Iterable[Batch], procs: Processes) -> float:
-    """Return the exact mean loss per target over a fixed set of rows, for any number of processes."""
+def validate(
+    model: nn.Module, batches: Iterable[Batch], procs: Processes, on_batch: Callable[[int], None] | None = None
+) -> float:
+    """Return the exact mean loss per target over a fixed set of rows, for any number of processes.
+
+    `on_batch(n)` is called after the n-th batch.
+    """
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of targets
     with eval_mode(model):
-        for batch in batches:
+        for n, batch in enumerate(batches, 1):
             batch = batch.to(procs.device)
             with procs.autocast():
                 loss = model(batch.tokens, batch.targets, batch.positions)
             n_targets = (batch.targets != IGNORE_INDEX).sum()
             total += torch.tensor([loss.item(), n_targets.item()], dtype=torch.float64)
+            if on_batch is not None:
+                on_batch(n)
     loss_sum, n_targets = procs.all_reduce(total.to(procs.device) if procs.world_size > 1 else total).tolist()
     return loss_sum / n_targets
 

@@ -15,6 +15,7 @@ from minigpt import checkpoint
 from minigpt.cli import UserError
 from minigpt.optim import build_optimizer
 from minigpt.pretrained import load_pretrained
+from minigpt.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=8)
@@ -45,7 +46,7 @@ def trained(steps: int = 3, **changes) -> tuple[GPT, torch.optim.Optimizer]:
 def save_checkpoint(folder: Path, model: GPT | None = None, val_loss: float | None = None, **meta) -> Path:
     """Write a checkpoint without optimiser state."""
     metrics = {} if val_loss is None else {"val_loss": val_loss}
-    checkpoint.save(folder, model or tiny_model(), {}, {"tokenizer": "bytes", "metrics": metrics} | meta)
+    checkpoint.save(folder, model or tiny_model(), load_tokenizer("bytes"), {}, {"metrics": metrics} | meta)
     return folder
 
 
@@ -77,8 +78,9 @@ def run(tmp_path: Path) -> Path:
 def saved(run: Path) -> Path:
     """Return a checkpoint of a trained model, with optimiser state."""
     model, optimizer = trained()
-    meta = {"step": 3, "tokenizer": "bytes", "metrics": {"val_loss": 5.5}, "identity": {"seed": 1}}
-    checkpoint.save(run / "step_000003", model, checkpoint.optimizer_state_dict(model, optimizer), meta)
+    meta = {"step": 3, "metrics": {"val_loss": 5.5}, "identity": {"seed": 1}}
+    train_state = checkpoint.optimizer_state_dict(model, optimizer)
+    checkpoint.save(run / "step_000003", model, load_tokenizer("bytes"), train_state, meta)
     return run / "step_000003"
 
 
@@ -139,7 +141,7 @@ def test_meta_describes_the_checkpoint(saved):
 
 def test_noncontiguous_state_is_saved(run):
     transposed = torch.arange(6.0).view(2, 3).t()
-    checkpoint.save(run / "step_000001", tiny_model(), {"exp_avg.wte.weight": transposed}, {"tokenizer": "bytes"})
+    checkpoint.save(run / "step_000001", tiny_model(), load_tokenizer("bytes"), {"exp_avg.wte.weight": transposed}, {})
     loaded = checkpoint.load_tensors(run / "step_000001", "train_state", checkpoint.read_meta(run / "step_000001"))
     assert torch.equal(loaded["exp_avg.wte.weight"], transposed)
 
@@ -243,7 +245,7 @@ def test_weights_of_another_model_are_rejected(saved, changes):
 
 @pytest.mark.parametrize("key", ["exp_avg.h.9.ln_1.weight", "exp_avg.wpe.weight"])
 def test_optimizer_state_of_another_model_is_rejected(run, key):
-    checkpoint.save(run / "step_000001", tiny_model(), {key: torch.ones(3)}, {"tokenizer": "bytes"})
+    checkpoint.save(run / "step_000001", tiny_model(), load_tokenizer("bytes"), {key: torch.ones(3)}, {})
     message = error_message(load_all, run / "step_000001")
     assert key in message and "does not fit the model" in message
 

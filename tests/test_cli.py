@@ -176,7 +176,7 @@ def on_a_terminal(*command: object, **environment: str) -> str:
     return written.decode()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--mistyped"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--out"]])
 def test_colours_only_where_they_are_wanted(run_script, arguments):
     script, environment = ROOT / "prepare_sample.py", {"TERM": "xterm"}
     assert "\x1b[" in on_a_terminal(script, *arguments, **environment)
@@ -191,11 +191,51 @@ def test_a_whole_run_on_a_terminal_without_colour(text_data, tmp_path):
     assert "12/12" in written and "validation loss" in written and "\x1b" not in written
 
 
-@pytest.mark.parametrize("arguments", [["--vall_fraction", "0.1"], ["--shard_tokens", "many"], ["--max_tokens"]])
-def test_a_flag_that_is_mistyped(run_script, tmp_path, arguments):
+@pytest.mark.parametrize("arguments", [["--shard_tokens", "many"], ["--max_tokens"]])
+def test_a_flag_with_a_wrong_value(run_script, tmp_path, arguments):
     done = run_script("prepare_fineweb.py", *arguments, expect=2)
     assert arguments[0] in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("pretrain.py --n_layers 3", "unknown flag --n_layers: did you mean --n_layer?"),
+        ("pretrain.py --steps 3 --n-layers=3 --batch 4", "unknown flag --n-layers: did you mean --n_layer?"),
+        ("pretrain.py --batch 4", "unknown flag --batch: did you mean --batch_tokens?"),
+        ("finetune.py --no_compil", "unknown flag --no_compil: did you mean --no_compile?"),
+        ("prepare_fineweb.py --vall_fraction 0.1", "unknown flag --vall_fraction: did you mean --val_fraction?"),
+        ("plot.py --runs runs/gpt2", "unknown flag --runs: see plot.py --help"),
+        ("verify.py -x", "unknown flag -x: see verify.py --help"),
+        ("pretrain.py --steps 3 4", "unexpected argument 4: it does not belong to a flag; see pretrain.py --help"),
+    ],
+)
+def test_a_mistyped_flag_suggests_the_nearest(command, error, monkeypatch, capsys):
+    assert error_of_main(command, monkeypatch, capsys) == error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        ("hello", '--prompt "hello"'),
+        ("Why is the sky blue?", '--prompt "Why is the sky blue?"'),
+        ("--seed 1 --prompt Why is it $5?", "--prompt 'Why is it $5?'"),
+    ],
+)
+def test_a_prompt_without_its_flag_or_quotes(arguments, suggestion, monkeypatch, capsys):
+    assert error_of_main(f"generate.py {arguments}", monkeypatch, capsys).endswith(f": {suggestion}")
+
+
+def error_of_main(command: str, monkeypatch, capsys) -> str:
+    """The one line of error of a command line, split at its spaces, whose script does no work."""
+    monkeypatch.setattr(sys, "argv", command.split())
+    config = importlib.import_module(sys.argv[0].removesuffix(".py")).Config
+    with pytest.raises(SystemExit) as error:
+        cli.run(pytest.fail, config, None)
+    printed = capsys.readouterr()
+    assert error.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    return printed.err.strip().removeprefix("error: ")
 
 
 # ---- progress ------------------------------------------------------------------------------------------------------
@@ -255,6 +295,37 @@ def test_time_left_is_what_the_rest_takes(clock):
     assert progress.time_left() == "00:00 left"
 
 
+def test_fractions_of_a_slow_step(clock, capsys):
+    """One line every ten seconds, with the time that is left."""
+    progress = Progress(4, "step", seconds=10)
+    for done in (1, 2, 3):
+        clock.now += 6
+        progress.update_fraction(done / 4, f"micro-batch {done}/4")
+    assert capsys.readouterr().out == "step 0/4  micro-batch 2/4  01:24 left\n"
+    clock.now += 6
+    progress.update(1, "loss 3")
+    assert capsys.readouterr().out == "step 1/4  loss 3  01:12 left\n"
+    clock.now += 12
+    progress.update_fraction(0.5, "micro-batch 2/4")
+    assert capsys.readouterr().out == "step 1/4  micro-batch 2/4  loss 3  01:00 left\n"
+
+
+def test_the_bar_moves_within_a_slow_step(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    progress = Progress(4, "step")
+    clock.now += 50  # not counted
+    progress.restart_clock()
+    clock.now += 6
+    progress.update_fraction(1 / 3, "micro-batch 1/3")
+    assert sys.stderr.getvalue().endswith("|▊         | 0/4 [00:06<01:06, micro-batch 1/3  ]")
+    clock.now += 0.5
+    progress.update(1, "loss 3")
+    clock.now += 0.5
+    progress.update_fraction(1 / 3, "micro-batch 1/3")  # the step may be a quick one
+    assert "1/4 [" in sys.stderr.getvalue() and not sys.stderr.getvalue().endswith("micro-batch 1/3  loss 3]")
+
+
 def test_without_a_total_no_time_is_promised(clock, capsys):
     progress = Progress(None, "token", seconds=10)
     clock.now += 11
@@ -286,6 +357,24 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch, capsys):
 def test_lines_of_their_own_go_to_the_log_too(clock, capsys):
     Progress(2, "step").print("saved")
     assert capsys.readouterr().out == "saved\n"
+
+
+# ---- commands to copy ----------------------------------------------------------------------------------------------
+
+
+def test_a_command_to_copy_runs_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "my code").mkdir()
+    monkeypatch.chdir(tmp_path / "my code")
+    for script, expected in {
+        "pretrain.py": "generate.py",
+        "./pretrain.py": "generate.py",
+        str(tmp_path / "my code" / "pretrain.py"): "generate.py",
+        "../other/pretrain.py": "../other/generate.py",
+        "../my project/pretrain.py": "'../my project/generate.py'",
+        "/opt/minigpt/pretrain.py": "/opt/minigpt/generate.py",
+    }.items():
+        monkeypatch.setattr(sys, "argv", [script, "--steps", "3"])
+        assert cli.script_path("generate.py") == expected
 
 
 # ---- head ----------------------------------------------------------------------------------------------------------

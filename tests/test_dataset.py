@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from test_shards import BARE_FORMATS, write_bin
 
 from minigpt.chat import encode_chat
 from minigpt.cli import UserError
@@ -35,21 +36,23 @@ BYTES = load_tokenizer("bytes")
 SEEDS = st.integers(0, 2**31)
 
 
-def write_meta(folder: Path, kind: str, splits: dict) -> Path:
+def write_meta(folder: Path, kind: str, splits: dict, tokenizer: str = "bytes") -> Path:
     (folder / "meta.json").write_text(
-        json.dumps({"version": FORMAT_VERSIONS[kind], "kind": kind, "tokenizer": "bytes"} | splits)
+        json.dumps({"version": FORMAT_VERSIONS[kind], "kind": kind, "tokenizer": tokenizer} | splits)
     )
     return folder
 
 
-def text_folder(folder: Path, train: np.ndarray, val: np.ndarray, shard_tokens: int = 1000) -> Path:
+def text_folder(
+    folder: Path, train: np.ndarray, val: np.ndarray, shard_tokens: int = 1000, tokenizer: str = "bytes"
+) -> Path:
     folder.mkdir(exist_ok=True)
     splits = {}
     for split, tokens in {"train": train, "val": val}.items():
         writer = ShardWriter(folder, split, shard_tokens)
         writer.add(tokens.astype(np.uint16))
         splits[split] = writer.close()
-    return write_meta(folder, "text", splits)
+    return write_meta(folder, "text", splits, tokenizer)
 
 
 Conversation = tuple[list[int], list[bool]]
@@ -387,6 +390,31 @@ def test_the_fingerprint_changes_when_the_data_does(tmp_path):
         chat_folder(tmp_path / f"chat{i}", [c], [conversation]) for i, c in enumerate([conversation, without_loss])
     ]
     assert len({ChatDataset(folder, 8).fingerprint for folder in marks}) == 2
+
+
+@pytest.mark.parametrize("write, suffix", BARE_FORMATS.values(), ids=BARE_FORMATS)
+def test_bare_shards_give_the_batches_of_our_own(tmp_path, gpt2_tokenizer, write, suffix):
+    tokens = {"train": np.random.default_rng(0).integers(50_257, size=700), "val": np.arange(50_000, 50_100)}
+    own = TokenDataset(text_folder(tmp_path / "own", *tokens.values(), tokenizer="gpt2"), 8)
+    for split, shards in {"train": np.split(tokens["train"], [300, 600]), "val": [tokens["val"]]}.items():
+        for i, shard in enumerate(shards):  # the last shard is shorter
+            write(tmp_path / f"fineweb_{split}_{i:06d}{suffix}", shard)
+    bare = TokenDataset(tmp_path, 8)
+    assert bare.n_rows == own.n_rows and bare.tokenizer is own.tokenizer
+
+    def batches(data: TokenDataset) -> list[Batch]:
+        steps = [batch for step in range(12) for batch in train_batches(data, step, 7, 8, 4)]  # more than one epoch
+        return steps + list(val_batches(data, 12, 5))
+
+    for ours, theirs in zip(batches(own), batches(bare), strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.targets, theirs.targets)
+
+
+def test_a_token_beyond_gpt2_in_bare_shards(tmp_path, gpt2_tokenizer):
+    for split in ("train", "val"):
+        write_bin(tmp_path / f"{split}.bin", [50_257] * 20)
+    with pytest.raises(UserError, match="holds token 50257, but gpt2 has 50257 tokens"):
+        TokenDataset(tmp_path, 8).batch("train", [0])
 
 
 def test_bare_shards_have_a_fingerprint_of_their_content(tmp_path, gpt2_tokenizer):

@@ -9,7 +9,7 @@ from conftest import read_log, start
 from test_hellaswag import SINGLE, write_examples
 
 import evaluate
-from evaluate import count_bytes, evaluate_dataset
+from evaluate import evaluate_dataset
 from minigpt.cli import UserError
 from minigpt.dataset import ChatDataset, TokenDataset
 from minigpt.pretrained import load_pretrained
@@ -43,7 +43,9 @@ def test_bytes_of_gpt2_tokens_are_those_of_the_text(gpt2_tokenizer, tmp_path):
     data = TokenDataset(tmp_path / "data", 8)
     tokens = data.window("val", 1, 8 * data.n_rows["val"])
     expected = b"".join(gpt2_tokenizer.token_bytes(int(t)) for t in tokens if t != gpt2_tokenizer.end_of_text)
-    assert count_bytes(data, len(tokens)) == len(expected) > 1000
+    assert data.count_val_bytes(data.n_rows["val"]) == data.count_val_bytes(10**9) == len(expected) > 1000
+    lengths = [len(gpt2_tokenizer.token_bytes(int(t))) for t in tokens[: 8 * 70] if t != gpt2_tokenizer.end_of_text]
+    assert data.count_val_bytes(70) == sum(lengths)  # more rows than are read at once
 
 
 def test_chat_loss_is_over_the_assistants_tokens(finetuned, chat_data, run_script, tmp_path):
@@ -53,8 +55,12 @@ def test_chat_loss_is_over_the_assistants_tokens(finetuned, chat_data, run_scrip
     assert result["tokens"] == (batch.targets != IGNORE_INDEX).sum()
     expected = model.eval()(batch.tokens, batch.targets, batch.positions).item() / result["tokens"]
     assert result["val_loss"] == pytest.approx(expected, rel=1e-5)
+    n_bytes = ((batch.targets >= 0) & (batch.targets < 256)).sum().item()  # the end of the turn has none
+    assert 0 < n_bytes < result["tokens"] and data.count_val_bytes(10**9) == n_bytes
+    assert result["bits_per_byte"] == pytest.approx(expected * result["tokens"] / math.log(2) / n_bytes, rel=1e-5)
     done = run_script("evaluate.py", "--checkpoint", finetuned, "--data", chat_data, "--no_hellaswag")
-    assert f"loss {result['val_loss']:.4f} nats per token" in done.stdout
+    per_byte = f"{result['bits_per_byte']:.4f} bits per byte"
+    assert f"loss {result['val_loss']:.4f} nats per token   {per_byte}" in done.stdout
     assert f"{result['tokens']:,} tokens" in done.stdout
 
 

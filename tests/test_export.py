@@ -45,7 +45,7 @@ def memorized(tmp_path_factory, finetuned) -> Path:
     assert loss / sum(loss_mask) < 0.1
     folder = tmp_path_factory.mktemp("memorized") / "run" / "step_000072"
     meta = checkpoint.read_meta(finetuned / "step_000012")
-    checkpoint.save(folder, loaded.model, {}, meta)
+    checkpoint.save(folder, loaded.model, loaded.tokenizer, {}, meta)
     return folder.parent
 
 
@@ -212,10 +212,11 @@ def test_our_scripts_read_what_trl_finetuned(exported, run_script, tmp_path):
     "old, new, message",
     [
         ('"<|user|>"', '"<|human|>"', "has another chat format"),
-        ('"a": 97', '"a": 98', "has other tokens than bytes"),
-        ('"vocab": {', '"vocab": null, "x": {', "is corrupt: it has no vocabulary"),
-        ('"content": "<|user|>"', '"content": [1]', "is corrupt: it has no vocabulary"),
-        ('"added_tokens": [', '"added_tokens": null, "x": [', "is corrupt: it has no vocabulary"),
+        ('"a": 97', '"a": 98', "its ids have gaps"),
+        ('"use_regex": false', '"use_regex": "x", "add_prefix_space": true', "splits text by another pattern"),
+        ('"vocab": {', '"vocab": null, "x": {', "is corrupt or not a byte-level BPE vocabulary"),
+        ('"content": "<|user|>"', '"content": [1]', "is corrupt or not a byte-level BPE vocabulary"),
+        ('"added_tokens": [', '"added_tokens": null, "x": [', "is corrupt or not a byte-level BPE vocabulary"),
     ],
 )
 def test_another_tokenizer_is_rejected(exported, tmp_path, old, new, message):

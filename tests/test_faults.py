@@ -181,7 +181,8 @@ def test_a_second_interrupt_exits_at_once(text_data, tmp_path):
     time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=10)
+    assert "\nstopping after this step; press Ctrl-C again to stop now\n" in output
     assert process.returncode == 130 and not checkpoint.list_checkpoints(tmp_path / "run")
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import TUNE, read_log, start
 from test_model import assert_close, random_tokens, small_model
+from test_pretrained import save_nanogpt
 
 from finetune import add_chat_tokens
 from minigpt import checkpoint
 from minigpt.dataset import ChatDataset
 from minigpt.distributed import Processes
 from minigpt.pretrained import load_pretrained, save_hf
+from minigpt.tokenizer import load_tokenizer
 from minigpt.training import validate
 from model import GPT, IGNORE_INDEX, GPTConfig
 
@@ -96,16 +98,22 @@ def test_epochs_say_how_long(run_script, chat_data, pretrained, tmp_path):
     assert len(losses(tmp_path / "run")) == -(-1.5 * rows // 8)
 
 
-def test_from_a_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
-    """A GPT-2 of transformers' own making is finetuned in GPT-2's vocabulary; its first validation is untrained."""
+def test_from_models_of_other_repositories(run_script, gpt2_tokenizer, tmp_path):
+    """A Hugging Face folder and nanoGPT's ckpt.pt are finetuned in GPT-2's vocabulary, with their own GELU."""
     torch.manual_seed(0)
     save_hf(GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16)), tmp_path / "gpt2")
+    save_nanogpt(tmp_path / "ckpt.pt", args={"block_size": 64})
     record = '{"instruction": "Who?", "context": "", "response": "Somebody or other."}\n'
     (tmp_path / "chat.jsonl").write_text("".join(record.replace("Who", f"Who {i}") for i in range(40)))
     run_script("prepare_dolly.py", "--files", "chat.jsonl", "--block_size", 64, "--val_fraction", 0.3)
-    run_script("finetune.py", "--init", "./gpt2", "--steps", 2, "--batch_tokens", 256, "--micro_batch_size", 2)
-    loaded = load_pretrained(str(tmp_path / "runs" / "dolly"))
-    assert loaded.tokenizer is gpt2_tokenizer and loaded.model.config.vocab_size == 50_261
+    sizes = ("--steps", 2, "--batch_tokens", 256, "--micro_batch_size", 2)
+    run_script("finetune.py", "--init", "./gpt2", *sizes)
+    run_script("finetune.py", "--init", "ckpt.pt", *sizes, "--out", "runs/nanogpt")
+    for run, gelu in {"dolly": "tanh", "nanogpt": "none"}.items():
+        loaded = load_pretrained(str(tmp_path / "runs" / run))
+        assert loaded.tokenizer is gpt2_tokenizer and loaded.model.config.vocab_size == 50_261
+        assert loaded.model.config.gelu == gelu
+    assert loaded.history[0] == {"source": "ckpt.pt", "step": 2000}
     assert read_log(tmp_path / "runs" / "dolly")[0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50,261
 
 
@@ -148,7 +156,7 @@ def test_bad_inits(fails, pretrained, chat_data, text_data, tmp_path):
     assert "corrupt or truncated" in fails(*args, "--init", "./cut")
 
     small = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
-    checkpoint.save(tmp_path / "small" / "step_000001", small, {}, {"step": 1, "tokenizer": "bytes"})
+    checkpoint.save(tmp_path / "small" / "step_000001", small, load_tokenizer("bytes"), {}, {"step": 1})
     sizes = ("--batch_tokens", 256, "--micro_batch_size", 8)
     assert "the model's context is 16" in fails(*args, *sizes, "--init", "./small")
     assert "holds text data, not chat" in fails(*args, "--init", pretrained, "--data", text_data)

@@ -1,14 +1,22 @@
 """generate.py as a real process: texts, answers, conversations, and its error messages."""
 
+import io
 import json
+import os
+import re
+import shutil
 
 import pytest
 import torch
 from conftest import start
+from test_pretrained import save_nanogpt
 
+import chat_web
+import generate
 from minigpt import checkpoint
 from minigpt.chat import encode_prompt
 from minigpt.pretrained import load_pretrained, save_hf
+from minigpt.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
 GREEDY = ("--temperature", 0, "--max_tokens", 20)
@@ -25,7 +33,7 @@ def parrot(tmp_path_factory):
     data = ("--files", "chat.jsonl", "--tokenizer", "bytes", "--block_size", 64, "--val_fraction", 0.2)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=64))
-    checkpoint.save(folder / "base" / "step_000001", model, {}, {"step": 1, "tokenizer": "bytes"})
+    checkpoint.save(folder / "base" / "step_000001", model, load_tokenizer("bytes"), {}, {"step": 1})
     start("prepare_dolly.py", *data, cwd=folder)
     steps = ("--steps", 120, "--batch_tokens", 1024, "--micro_batch_size", 16, "--lr", 1e-2, "--dropout", 0)
     start("finetune.py", "--init", "./base", *steps, "--val_every", 60, cwd=folder)
@@ -101,9 +109,11 @@ def test_half_precision(run_script, pretrained):
     assert run_script(*args, "--dtype", "bfloat16").stdout.startswith("Document")
 
 
-def test_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
+@pytest.mark.parametrize("source", ["./gpt2", "out"])
+def test_models_of_other_repositories(run_script, gpt2_tokenizer, tmp_path, source):
     save_hf(GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)), tmp_path / "gpt2")
-    done = run_script("generate.py", "--checkpoint", "./gpt2", "--prompt", "The sea", *GREEDY)
+    save_nanogpt(tmp_path / "out" / "ckpt.pt")
+    done = run_script("generate.py", "--checkpoint", source, "--prompt", "The sea", *GREEDY)
     assert done.stdout.startswith("The sea")
 
 
@@ -129,6 +139,25 @@ def test_hugging_face_folder(run_script, gpt2_tokenizer, tmp_path):
 def test_mistakes(fails, pretrained, flags, words):
     checkpoint_flag = () if "--checkpoint" in flags else ("--checkpoint", pretrained)
     assert words in fails("generate.py", *checkpoint_flag, *flags)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_chat_takes_the_newest_chat_run(finetuned, pretrained, tmp_path, monkeypatch, capsys, chat):
+    (tmp_path / "runs").mkdir()
+    for name, run, time in (("chat", finetuned, 1e9), ("text", pretrained, 2e9)):
+        shutil.copytree(run, tmp_path / "runs" / name)
+        newest = checkpoint.list_checkpoints(tmp_path / "runs" / name)[-1]
+        os.utime(newest / "meta.json", (time, time))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    generate.main(generate.Config(chat=chat, prompt=None if chat else "a"))
+    assert re.match(f"checkpoint: runs/{'chat' if chat else 'text'}/step_0000", capsys.readouterr().err)
+    if chat:
+        monkeypatch.setattr(chat_web, "import_gradio", lambda: None)
+        monkeypatch.setattr(chat_web, "build_page", lambda loaded, device: loaded)
+        monkeypatch.setattr(chat_web, "serve", lambda loaded, config: print(loaded.source))
+        chat_web.main(chat_web.Config())
+        assert capsys.readouterr().out.startswith("runs/chat/step_0000")
 
 
 def test_corrupt_checkpoints(fails, finetuned, tmp_path):

@@ -1,6 +1,7 @@
 """The metrics of a run: log rows, MFU, and the trackers, which equal log.jsonl when their own readers load them."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ from conftest import ROOT, TRAIN, read_log
 from test_faults import LONG, spawn, wait_for_step
 
 import pretrain
-from minigpt import metrics
+from minigpt import cli, metrics
 from minigpt.cli import UserError
 from minigpt.distributed import Processes
 from minigpt.metrics import PEAK_FLOPS, MetricsLogger, open_tracker, peak_flops
@@ -29,21 +30,71 @@ SINGLE = Processes(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch
 # ---- log rows and MFU ------------------------------------------------------------------------------------------------
 
 
-def test_log_rows_have_the_metrics(tmp_path, capsys):
+def open_logger(folder: Path, steps: int, procs: Processes = SINGLE) -> MetricsLogger:
     model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     config = SimpleNamespace(report_to=())
-    run = SimpleNamespace(folder=tmp_path, log_file=tmp_path / "log.jsonl", procs=SINGLE, config=config)
-    logger = MetricsLogger(run, model, step=0, steps=2, batch_tokens=16)
-    logger.log_validation(0, 5.5)
+    run = SimpleNamespace(folder=folder, log_file=folder / "log.jsonl", procs=procs, config=config)
+    return MetricsLogger(run, model, step=0, steps=steps, batch_tokens=16, val_bytes_per_token=4.0)
+
+
+def test_log_rows_have_the_metrics(tmp_path, capsys):
+    logger = open_logger(tmp_path, steps=2)
+    bits_per_byte = pytest.approx(5.5 / 4 / math.log(2))
+    assert logger.log_validation(0, 5.5) == {"val_loss": 5.5, "bits_per_byte": bits_per_byte}
     values = {"loss": torch.tensor(2.5), "grad_norm": torch.tensor(0.5)}
     logger.log_step(1, values, 1e-3, started=time.perf_counter() - 0.5)
     logger.close()
     validation, step = read_log(tmp_path)
-    assert validation == {"step": 0, "tokens": 0, "val_loss": 5.5}
+    assert validation == {"step": 0, "tokens": 0, "val_loss": 5.5, "bits_per_byte": bits_per_byte}
     assert step.pop("tokens_per_s") > 0 and step.pop("mfu") >= 0
     assert step == {"step": 1, "tokens": 16, "loss": 2.5, "grad_norm": 0.5, "lr": 1e-3}
     printed = capsys.readouterr().out
-    assert "TFLOP/s" in printed and "validation loss 5.5000" in printed and "loss 2.5000" in printed
+    assert "step 0: validation loss 5.5000 nats per token, 1.98 bits per byte\n" in printed
+    assert "loss 2.5000" in printed and "TFLOP/s" not in printed and "MFU" not in printed  # they say little on a CPU
+
+
+def test_mfu_is_shown_on_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "peak_flops", lambda procs: (1e12, "a data sheet"))
+    logger = open_logger(tmp_path, 2, replace(SINGLE, device=torch.device("cuda", 0)))
+    logger.log_micro_batch(1, 2)  # on a GPU, only complete steps are shown
+    logger.log_step(1, {"loss": torch.tensor(2.5), "grad_norm": torch.tensor(0.5)}, 1e-3, started=0.0)
+    printed = capsys.readouterr().out
+    assert "100 % MFU is 1.00 TFLOP/s" in printed and "MFU 0.0%" in printed and "micro-batch" not in printed
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until `clock.now` is set."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(20, False), (25, True)])
+def test_a_run_of_days_on_a_cpu_is_announced(tmp_path, capsys, monkeypatch, clock, seconds, warned):
+    """1,000 steps of four micro-batches: 0.93 and 1.16 days."""
+    monkeypatch.setattr(metrics, "peak_flops", lambda procs: (1e12, "measured"))
+    logger = open_logger(tmp_path, 1000)
+    clock.now += 10_000  # the validation at step 0 does not count
+    logger.log_val_batch(7)
+    assert capsys.readouterr().out == "step 0/1,000  validation batch 7\n"
+    logger.log_validation(0, 5.5)
+    for done in (1, 2, 3, 4):
+        clock.now += seconds
+        logger.log_micro_batch(done, 4)
+        printed = capsys.readouterr()
+        assert f"\nstep 0/1,000  micro-batch {done}/4  " in f"\n{printed.out}" or seconds * done < 10
+        expected = f"about {1000 * 4 * seconds / 86_400:.1f} days on this CPU" if warned and done == 3 else ""
+        assert printed.err.count("\n") == bool(expected) and expected in printed.err
+
+
+def test_a_resumed_run_of_days_is_announced_after_its_first_micro_batch(tmp_path, capsys, monkeypatch, clock):
+    """A step may have one micro-batch only."""
+    monkeypatch.setattr(metrics, "peak_flops", lambda procs: (1e12, "measured"))
+    logger = open_logger(tmp_path, 1000)
+    clock.now += 100
+    logger.log_micro_batch(1, 1)
+    assert capsys.readouterr().err.startswith("warning: this run will take about 1.2 days on this CPU: choose")
 
 
 def test_peak_is_measured_on_a_cpu():

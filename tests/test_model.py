@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import accumulate
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import pretrain
 from minigpt.inference import generate_tokens
 from minigpt.pretrained import load_hf, save_hf
 from minigpt.sampling import SamplingParams
@@ -62,6 +64,11 @@ def test_presets_have_gpt2_parameter_counts(preset, expected, multiple):
         assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
+def test_small_has_ten_million_parameters():
+    assert replace(PRESETS["small"], vocab_size=257).num_parameters == 10_845_696
+    assert set(PRESETS) == set(get_args(get_type_hints(pretrain.Config)["model"]))
+
+
 def test_vocabulary_is_padded_to_multiple():
     assert GPTConfig().padded_vocab_size == 50_304
     assert GPTConfig(vocab_multiple=1).padded_vocab_size == 50_257
@@ -91,6 +98,8 @@ def test_flops_per_token():
         ({"dropout": math.nan}, "dropout is nan"),
         ({"init_std": 0.0}, "init_std is 0.0"),
         ({"init_std": math.nan}, "init_std is nan"),
+        ({"gelu": "gelu_new"}, "gelu is 'gelu_new': expected 'tanh' or 'none'"),
+        ({"gelu": None}, "gelu is None"),
     ],
 )
 def test_config_is_checked(changes, message):

@@ -36,7 +36,10 @@ def test_runs_of_the_scripts(run_script, pretrained, finetuned, tmp_path):
     done = run_script("plot.py", *runs, "--x", "hours", "--out", "runs/new.png")
     assert done.stdout == f"wrote runs/new.png with the curves of mine, {finetuned}\n" and not done.stderr
     assert (tmp_path / "runs" / "new.png").read_bytes().startswith(b"\x89PNG")
-    run_script("plot.py", pretrained)
+    (tmp_path / "runs" / "chat").symlink_to(finetuned)
+    (tmp_path / "runs" / "started").mkdir()
+    (tmp_path / "runs" / "started" / "log.jsonl").touch()
+    assert run_script("plot.py").stdout == "wrote loss.png with the curves of chat, mine\n"
     assert (tmp_path / "loss.png").stat().st_size > 20_000
 
 
@@ -95,6 +98,16 @@ def test_hellaswag_panel_only_if_logged():
     assert lines(draw(ROWS, rows)["HellaSwag accuracy"]) == [([0, 10_000], [0.3, 0.3]), ([0, 10_000], [0.35, 0.35])]
 
 
+def test_bits_per_byte_panel_only_if_logged():
+    rows = [row | {"bits_per_byte": row["val_loss"] / 2} if "val_loss" in row else row for row in ROWS]
+    panels = draw(ROWS, rows)
+    assert "Validation bits per byte" not in draw(ROWS)
+    assert lines(panels["Validation bits per byte"]) == [([0, 10_000], [2.5, 2.125])]
+    assert panels["Validation bits per byte"].get_ylim()[0] > 1  # as for the losses, the axis does not start at 0
+    panels = draw([row | {"hellaswag": 0.3} for row in rows])
+    assert len(panels) == 7 and panels[None].axes[0].get_gridspec().get_geometry() == (2, 12)
+
+
 @pytest.mark.parametrize(
     "rows", [ROWS[:1], ROWS[:2], ROWS[1:2], [dict(ROWS[1], loss=None)], [dict(ROWS[0], val_loss=math.nan)]]
 )
@@ -150,7 +163,8 @@ def test_errors(fails, tmp_path):
     assert "runs/nowhere has no log.jsonl" in fails("plot.py", "runs/nowhere")
     (tmp_path / "runs" / "new" / "log.jsonl").write_text('{"step": 0, "tok')
     assert "runs/new/log.jsonl has no steps yet" in fails("plot.py", "runs/new")
-    assert "no run folder given" in fails("plot.py")
+    (tmp_path / "empty").mkdir()
+    assert "no run folder given, and none under runs/" in fails("plot.py", cwd=tmp_path / "empty")
     assert "--out loss.xyz" in fails("plot.py", "runs/new", "--out", "loss.xyz")
     (tmp_path / "runs" / "new" / "log.jsonl").write_text(json.dumps(ROWS[0]))
     assert "nowhere/loss.png" in fails("plot.py", "runs/new", "--out", "nowhere/loss.png")

@@ -1,13 +1,15 @@
 """pretrain.py as a real process: learning, logging, pruning, resuming, errors, and two processes."""
 
 import json
+import math
 import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import TRAIN, read_log, start
+from conftest import ROOT, TRAIN, read_log, start
 from safetensors.torch import load_file
+from test_shards import write_bin
 
 from minigpt import checkpoint
 from minigpt.dataset import TokenDataset, global_rows
@@ -32,10 +34,12 @@ def test_learns_and_logs(pretrained):
 def test_checkpoints_are_validated_and_described(pretrained):
     folders = checkpoint.list_checkpoints(pretrained)
     assert [folder.name for folder in folders] == ["step_000006", "step_000012"]
-    validations = {row["step"]: row["val_loss"] for row in read_log(pretrained) if "val_loss" in row}
+    rows = [row for row in read_log(pretrained) if "val_loss" in row]
+    validations = {row.pop("step"): row for row in rows if row.pop("tokens") >= 0}
+    assert all(row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=0.01) for row in rows)
     for folder in folders:
         meta = checkpoint.read_meta(folder)
-        assert meta["metrics"]["val_loss"] == validations[meta["step"]]
+        assert meta["metrics"] == validations[meta["step"]]
         assert meta["tokenizer"] == "bytes" and meta["model"]["vocab_size"] == 257
         assert meta["identity"]["lr"] == 3e-3 and meta["identity"]["data"]
         assert meta["config"]["micro_batch_size"] == 8 and "micro_batch_size" not in meta["identity"]
@@ -45,10 +49,11 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
     done = run_script("pretrain.py", "--data", text_data, "--out", "runs/mine", *TRAIN, "--keep", 1, "--save_every", 3)
     assert "1,024 tokens per step = 8 rows x 64 tokens x 1 processes x 2 micro-batches" in done.stdout
     assert "tiny: 35,744 parameters" in done.stdout
-    assert "left" in done.stdout and "MFU" in done.stdout
+    assert "left" in done.stdout and "MFU" not in done.stdout and not done.stderr
     kept = {folder.name for folder in checkpoint.list_checkpoints(tmp_path / "runs" / "mine")}
     assert "step_000012" in kept and len(kept) <= 2  # the newest, and the best if that is another
     assert "step 0: validation loss 5.5" in done.stdout  # ln 257 = 5.549: the loss of uniform predictions
+    assert f"next: python {ROOT}/generate.py --checkpoint runs/mine --prompt 'Once upon a time'\n" in done.stdout
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -219,10 +224,16 @@ def test_dry_run_prints_an_estimate_and_writes_nothing(run_script, text_data, tm
     assert total == pytest.approx(50 * float(seconds), abs=1) and price == pytest.approx(3.6 * processes)
     assert dollars == pytest.approx(total / 3600 * price, abs=0.01)
     assert "GB for checkpoints of 0.00 GB" in output and not list(tmp_path.iterdir())
+    assert "MFU" in output
+    tokens = 64 * TokenDataset(text_data, 64).n_rows["train"]
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
+    assert f"{50 * 65_536 / tokens:,.0f} epochs" in warning and "10 epochs are --steps" in warning
+    steps = int(re.search(r"--steps (\d+)", warning)[1])
+    assert steps == max(1, round(10 * tokens / 65_536)) and "lower --batch_tokens" in warning
 
 
 def test_dry_run_reports_a_disk_that_is_too_small(fails, text_data, tmp_path):
-    args = ("--data", text_data, "--model", "tiny", "--batch_tokens", 512, "--dry_run", "--keep", 10**9)
+    args = ("--data", text_data, "--model", "tiny", "--batch_tokens", 512, "--steps", 9, "--dry_run", "--keep", 10**9)
     assert "its checkpoints do not fit on the disk" in fails("pretrain.py", *args)
 
 
@@ -232,3 +243,19 @@ def test_dry_run_predicts_the_size_of_checkpoints(pretrained):
     model = checkpoint.load_model(pretrained / "step_000012", meta)
     real = sum(file.stat().st_size for file in (pretrained / "step_000012").glob("*.safetensors"))
     assert 12 * sum(p.numel() for p in model.parameters()) == pytest.approx(real, rel=0.15) and real > 100_000
+
+
+def test_trains_on_the_shards_of_other_repositories(run_script, gpt2_tokenizer, tmp_path):
+    """modded-nanogpt's files as they are, in training and evaluation."""
+    (tmp_path / "fineweb10B").mkdir()
+    tokens = np.random.default_rng(0).integers(50_257, size=2000)
+    for name, part in {"train_000001": tokens[:900], "train_000002": tokens[900:1600], "val_000000": tokens}.items():
+        write_bin(tmp_path / "fineweb10B" / f"fineweb_{name}.bin", part)
+    sizes = ("--model", "tiny", "--steps", 2, "--batch_tokens", 128, "--micro_batch_size", 2, "--val_tokens", 1280)
+    run_script("pretrain.py", "--data", "fineweb10B", "--out", "runs/mine", *sizes)
+    assert checkpoint.read_meta(tmp_path / "runs/mine/step_000002")["tokenizer"] == "gpt2"
+    flags = ("--checkpoint", "runs/mine", "--data", "fineweb10B", "--max_tokens", 1280, "--no_hellaswag")
+    run_script("evaluate.py", *flags, "--json", "figures.jsonl")
+    figures = json.loads((tmp_path / "figures.jsonl").read_text())["data"]["fineweb10B"]
+    assert figures["tokens"] == 1280 and figures["bits_per_byte"] > 0
+    assert figures["val_loss"] == pytest.approx(read_log(tmp_path / "runs" / "mine")[-1]["val_loss"], rel=1e-5)

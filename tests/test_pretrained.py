@@ -1,7 +1,10 @@
 """Models from every source: runs, checkpoints, Hugging Face folders and hub ids; corrupt files are rejected."""
 
+import argparse
 import json
+import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import error_message, failing, save_checkpoint, tiny_model, truncate
 from test_model import SMALL, assert_close, random_tokens, small_model
+from torch import nn
 
 from minigpt.cli import UserError
-from minigpt.pretrained import PretrainedModel, check_hf_tokenizer, load_hf, load_pretrained, save_hf
-from minigpt.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
+from minigpt.pretrained import load_hf, load_pretrained, save_hf
+from minigpt.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
 # ---- load_pretrained: any source -------------------------------------------------------------------------------------
@@ -62,14 +66,16 @@ def test_chat_model_is_detected_by_its_vocabulary(run):
 
 
 @pytest.mark.parametrize(
-    ("meta", "message"),
+    ("name", "message"),
     [
-        ({}, "has a vocabulary of 99 tokens; bytes has 257, or 261 with chat tokens"),
-        ({"tokenizer": "morse"}, "no tokenizer 'morse'"),
+        ("bytes", "has a vocabulary of 99 tokens; bytes has 257, or 261 with chat tokens"),
+        ("morse", "tokenizer.json is missing, the vocabulary morse"),
     ],
 )
-def test_tokenizer_of_another_size_is_rejected(run, meta, message):
-    save_checkpoint(run / "step_000001", tiny_model(vocab_size=99), **meta)
+def test_tokenizer_of_another_size_is_rejected(run, name, message):
+    save_checkpoint(run / "step_000001", tiny_model(vocab_size=99))
+    file = run / "step_000001" / "meta.json"
+    file.write_text(file.read_text().replace('"tokenizer": "bytes"', f'"tokenizer": "{name}"'))
     assert message in error_message(load_pretrained, str(run))
 
 
@@ -91,12 +97,54 @@ def test_other_names_are_looked_up_on_the_hub(two_checkpoints, monkeypatch, sour
     assert f"{source} is neither a folder nor a model on the hub: no route" in message
 
 
-def test_default_is_runs_dolly_if_it_exists_else_runs_gpt2(tmp_path, monkeypatch):
+def save_runs(**runs: bool) -> None:
+    """Save a run for each name; the later, the newer. True is a chat run."""
+    for i, (name, is_chat) in enumerate(runs.items()):
+        folder = Path("runs", name, "step_000001")
+        identity = {"init": "runs/gpt2"} if is_chat else {}
+        save_checkpoint(folder, tiny_model(vocab_size=261 if is_chat else 257), identity=identity)
+        os.utime(folder / "meta.json", (1e9 + i, 1e9 + i))
+
+
+def test_default_is_the_newest_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "runs/gpt2: no checkpoint found" in error_message(load_pretrained, None)
-    for run in ("runs/gpt2", "runs/dolly"):
-        save_checkpoint(Path(run, "step_000001"))
-        assert load_pretrained(None).source == f"{run}/step_000001"
+    assert error_message(load_pretrained, None).startswith("no run under runs/: train a model with pretrain.py")
+    save_runs(old=False)
+    assert "no chat run under runs/: finetune a model" in error_message(load_pretrained, None, True)
+    save_runs(c=False, b=True, a=False)
+    save_checkpoint(Path("runs", "folder", "nested", "step_000001"))  # a folder of runs is not a run
+    for chat, run, words in ((False, "runs/a", "the newest run"), (True, "runs/b", "the newest chat run")):
+        assert load_pretrained(None, chat).source == f"{run}/step_000001"
+        assert capsys.readouterr().err == f"checkpoint: {run}/step_000001 ({words})\n"
+    monkeypatch.setenv("RANK", "1")
+    assert load_pretrained(None).source == "runs/a/step_000001" and not capsys.readouterr().err
+    os.utime("runs/c/step_000001/meta.json")
+    assert load_pretrained(None).source == "runs/c/step_000001"
+    monkeypatch.setenv("RANK", "0")
+    load_pretrained("runs/a")
+    assert not capsys.readouterr().err
+
+
+def test_missing_checkpoint_lists_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "there is no run under runs/: train one" in error_message(load_pretrained, "runs/gpt2")
+    save_runs(old=False, dolly=True, mine=False)
+    for source in ("runs/gpt2", "gpt2_typo"):
+        assert "; existing runs: runs/mine, runs/dolly (chat), runs/old" in error_message(load_pretrained, source)
+
+
+def test_corrupt_checkpoint_names_a_whole_one(two_checkpoints):
+    save_checkpoint(two_checkpoints / "step_000003", tiny_model(3), val_loss=4.0)
+    truncate(two_checkpoints / "step_000003" / "train_state.safetensors")
+    best = two_checkpoints / "step_000001"
+    truncate(best / "model.safetensors")
+    for source in ("runs/name", "runs/name/step_000001"):
+        message = error_message(load_pretrained, source)
+        assert message.endswith("its checksum is wrong; use runs/name/step_000002 instead, which is whole")
+    (best / "meta.json").write_text("{")
+    assert "; use runs/name/step_000002 instead" in error_message(load_pretrained, "runs/name/step_000001")
+    truncate(two_checkpoints / "step_000002" / "model.safetensors")
+    assert "instead" not in error_message(load_pretrained, "runs/name/step_000001")
 
 
 def test_hugging_face_folder_loads(tmp_path, gpt2_tokenizer):
@@ -121,42 +169,28 @@ def test_corrupt_hugging_face_folder_is_rejected(tmp_path):
     assert "has no model.safetensors" in error_message(load_pretrained, str(tmp_path / "hf"))
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, **changes: int | None) -> None:
-    """Write a tokenizer.json of printable and chat tokens. `changes` replaces ids; None removes a token."""
-    tokens = ((tokenizer.token_bytes(token), token) for token in range(tokenizer.end_of_text))
-    vocab = {text.decode(): token for text, token in tokens if text.isascii() and text.decode().isprintable()}
-    vocab |= {token: tokenizer.vocab_size + i for i, token in enumerate(CHAT_TOKENS)} | changes
-    vocab = {text: token for text, token in vocab.items() if token is not None}
-    added = [{"content": text, "id": token} for text, token in vocab.items() if text in CHAT_TOKENS]
-    text_vocab = {text: token for text, token in vocab.items() if text not in CHAT_TOKENS}
-    content = {"model": {"vocab": text_vocab}, "added_tokens": added}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("old", "new", "message"),
     [
-        ({}, None),
-        ({"a": 98, "b": 97}, "has other tokens than bytes"),
-        ({"a": None}, "has other tokens than bytes"),
-        ({"<|end|>": None}, "has another chat format: it lacks <|system|>, <|user|>, <|assistant|>, <|end|>"),
-        ({"<|end|>": 999}, "has another chat format"),
+        ("", "", None),
+        ('"a": 97', '"a": 98', "its ids have gaps"),
+        ('"<|end|>"', '"<|stop|>"', "has another chat format: it lacks <|system|>, <|user|>, <|assistant|>, <|end|>"),
+        ('"id": 260', '"id": 999', "has another chat format"),
     ],
 )
 @pytest.mark.parametrize("is_chat", [True, False])
-def test_tokenizer_of_a_hugging_face_folder_is_compared(tmp_path, changes, message, is_chat):
+def test_tokenizer_of_a_hugging_face_folder_is_read(tmp_path, old, new, message, is_chat):
     """The chat tokens are compared for a chat model only."""
     tokenizer = load_tokenizer("bytes")
     loaded = load_pretrained(str(make_model(tmp_path / "run", tokenizer, chat=is_chat)))
     save_hf(loaded.model, tmp_path / "hf")
-    loaded = load_pretrained(str(tmp_path / "hf"))  # without tokenizer.json nothing is compared
-    assert loaded.is_chat == is_chat
-    write_tokenizer(tmp_path / "hf", tokenizer, **changes)
+    loaded = load_pretrained(str(tmp_path / "hf"))  # without tokenizer.json, the size decides
+    assert loaded.is_chat == is_chat and loaded.tokenizer.name == "bytes"
+    (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer.to_json(chat=True).replace(old, new))
     if message is None or ("chat" in message and not is_chat):
-        check_hf_tokenizer(loaded)
-        assert load_pretrained(str(tmp_path / "hf")).is_chat == is_chat
+        loaded = load_pretrained(str(tmp_path / "hf"))
+        assert loaded.is_chat == is_chat and loaded.tokenizer.name == "bytes"
     else:
-        assert message in error_message(check_hf_tokenizer, loaded)
         assert message in error_message(load_pretrained, str(tmp_path / "hf"))
 
 
@@ -164,18 +198,17 @@ def test_tokenizer_of_a_hugging_face_folder_is_compared(tmp_path, changes, messa
 def test_corrupt_tokenizer_file_is_rejected(tmp_path, text):
     save_hf(tiny_model(), tmp_path)
     (tmp_path / "tokenizer.json").write_text(text)
-    loaded = PretrainedModel(tiny_model(), load_tokenizer("bytes"), False, str(tmp_path), [])
-    assert "tokenizer.json is corrupt" in error_message(check_hf_tokenizer, loaded)
+    assert "tokenizer.json is corrupt" in error_message(load_pretrained, str(tmp_path))
 
 
 # ---- load_hf and save_hf ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocab_size", [37, 48])
+@pytest.mark.parametrize(("vocab_size", "gelu"), [(37, "tanh"), (48, "none")])
 @torch.no_grad()
-def test_transformers_loads_saved_folder(tmp_path, vocab_size):
+def test_transformers_loads_saved_folder(tmp_path, vocab_size, gelu):
     transformers = pytest.importorskip("transformers")
-    ours = small_model(vocab_size=vocab_size, dropout=0.25)
+    ours = small_model(vocab_size=vocab_size, dropout=0.25, gelu=gelu)
     folder = tmp_path / "new" / "folder"
     save_hf(ours, folder)
     theirs, loading = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
@@ -183,16 +216,19 @@ def test_transformers_loads_saved_folder(tmp_path, vocab_size):
     tokens = random_tokens(2, 16)
     assert_close(theirs(tokens).logits, ours(tokens), 1e-4)
     assert theirs.config.vocab_size == vocab_size
+    assert theirs.config.activation_function == {"tanh": "gelu_new", "none": "gelu"}[gelu]
     assert theirs.config.attn_pdrop == theirs.config.embd_pdrop == theirs.config.resid_pdrop == 0.25
     assert theirs.config.eos_token_id == theirs.config.bos_token_id == vocab_size - 1
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # required by older versions of transformers
 
 
-def test_saved_model_loads_unchanged(tmp_path):
-    ours = small_model()
+@pytest.mark.parametrize("gelu", ["tanh", "none"])
+def test_saved_model_loads_unchanged(tmp_path, gelu):
+    ours = small_model(gelu=gelu)
     save_hf(ours, tmp_path)
     again = load_hf(tmp_path).eval()
+    assert again.config.gelu == gelu
     assert (again.config.block_size, again.config.vocab_size, again.config.n_head) == (16, 37, 2)
     for name, weight in ours.state_dict().items():
         own = SMALL.vocab_size if name == "wte.weight" else len(weight)
@@ -212,6 +248,11 @@ def change_weights(folder: Path, change) -> None:
     """Replace a folder's weights with `change(weights)`."""
     weights = {name: weight.clone() for name, weight in load_file(folder / "model.safetensors").items()}
     save_file(change(weights), folder / "model.safetensors")
+
+
+def test_activation_function_is_gelu_new_by_default(hf_folder):
+    change_config(hf_folder, activation_function="absent")
+    assert load_hf(hf_folder).config.gelu == "tanh"
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -364,3 +405,199 @@ def test_impossible_sizes_are_rejected_before_memory_is_allocated(tmp_path, size
     change_config(tmp_path, **size)
     with pytest.raises(UserError, match="too small for the model"):
         load_hf(tmp_path)
+
+
+# ---- nanoGPT's ckpt.pt -----------------------------------------------------------------------------------------------
+
+NANOGPT_ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": False, "vocab_size": 50_304}
+
+
+class NanoGPT(nn.Module):
+    """A model with nanoGPT's parameter names and arithmetic, written for these tests: exact GELU, biases optional."""
+
+    def __init__(self, n_layer, n_head, n_embd, block_size, bias, vocab_size):
+        super().__init__()
+        self.n_head, sizes = (
+            n_head,
+            {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)},
+        )
+
+        def layer_norm() -> nn.LayerNorm:
+            return nn.LayerNorm(n_embd, bias=bias)
+
+        def block() -> nn.ModuleDict:
+            parts = nn.ModuleDict({"ln_1": layer_norm(), "attn": nn.Module(), "ln_2": layer_norm(), "mlp": nn.Module()})
+            for name, (rows, columns) in sizes.items():
+                module, layer = name.split(".")
+                setattr(parts[module], layer, nn.Linear(rows * n_embd, columns * n_embd, bias=bias))
+            return parts
+
+        embeddings = {"wte": nn.Embedding(vocab_size, n_embd), "wpe": nn.Embedding(block_size, n_embd)}
+        blocks = nn.ModuleList(block() for _ in range(n_layer))
+        self.transformer = nn.ModuleDict(embeddings | {"h": blocks, "ln_f": layer_norm()})
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+        for name, parameter in self.named_parameters():  # no weight of one or bias of zero
+            nn.init.normal_(parameter, mean=float("ln" in name and "weight" in name), std=0.5)
+
+    def forward(self, tokens):
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"](torch.arange(tokens.size(1)))
+        mask = torch.ones(tokens.size(1), tokens.size(1)).tril() == 0
+        for block in self.transformer["h"]:
+            q, k, v = block["attn"].c_attn(block["ln_1"](x)).chunk(3, dim=-1)
+            q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))
+            scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(mask, -torch.inf)
+            x = x + block["attn"].c_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+            x = x + block["mlp"].c_proj(nn.GELU()(block["mlp"].c_fc(block["ln_2"](x))))
+        return self.lm_head(self.transformer["ln_f"](x))
+
+
+def save_nanogpt(file: Path, *, args: dict | None = None, weights: dict | None = None, prefix: str = "", **changes):
+    """Write a checkpoint as nanoGPT does; return its model. `args`, `weights` and `changes` replace values."""
+    torch.manual_seed(0)
+    model_args = NANOGPT_ARGS | (args or {})
+    model = NanoGPT(**{name: value for name, value in model_args.items() if name in NANOGPT_ARGS})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(4)[None]).sum().backward()
+    optimizer.step()
+    content = {
+        "model": {prefix + name: weight for name, weight in (model.state_dict() | (weights or {})).items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": {"dropout": 0.1} | model_args,
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(3.1),
+        "config": {"init_from": "scratch", "learning_rate": 6e-4, "compile": True},
+    }
+    content = {name: value for name, value in (content | changes).items() if value is not None}
+    file.parent.mkdir(exist_ok=True)
+    torch.save(content, file)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("args", "prefix"),
+    [
+        ({"bias": False}, ""),
+        ({"bias": True}, "_orig_mod."),
+        ({"bias": True, "vocab_size": 50_257}, "module._orig_mod."),  # from OpenAI's weights
+    ],
+)
+@torch.no_grad()
+def test_nanogpt_checkpoint_has_equal_logits(tmp_path, gpt2_tokenizer, args, prefix):
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
+    with torch.enable_grad():
+        theirs = save_nanogpt(tmp_path / "out" / "ckpt.pt", args=args, prefix=prefix, weights=masks)
+    loaded = load_pretrained(str(tmp_path / "out"))
+    assert loaded.tokenizer is gpt2_tokenizer and not loaded.is_chat and loaded.source == str(tmp_path / "out")
+    assert loaded.history == [{"source": str(tmp_path / "out"), "step": 2000}]
+    ours = loaded.model.eval()
+    assert ours.config == GPTConfig(16, 50_257, 2, 2, 8, gelu="none")
+    tokens = torch.randint(50_257, (2, 16))
+    assert_close(ours(tokens), theirs(tokens)[..., :50_257], 1e-4)
+    tanh = GPT(replace(ours.config, gelu="tanh"))
+    tanh.load_state_dict(ours.state_dict())
+    assert (tanh(tokens) - ours(tokens)).abs().max() > 1e-3  # the comparison above detects the other GELU
+    assert ours.wte.weight[50_257:].abs().max() == 0 and all(p.requires_grad for p in ours.parameters())
+    (tmp_path / "out" / "ckpt.pt").rename(tmp_path / "model.pt")
+    again = load_pretrained(str(tmp_path / "model.pt"))
+    assert again.source == str(tmp_path / "model.pt") and torch.equal(again.model.wte.weight, ours.wte.weight)
+
+
+def test_nanogpt_checkpoint_of_half_precision_weights_alone_loads(tmp_path, gpt2_tokenizer):
+    model = save_nanogpt(tmp_path / "a.pt")
+    half = {name: weight.bfloat16() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    content = {"model": half, "model_args": NANOGPT_ARGS}
+    torch.save(content, tmp_path / "b.pt")
+    loaded = load_pretrained(str(tmp_path / "b.pt"))
+    assert loaded.model.wpe.weight.dtype == torch.float32 and loaded.history[0]["step"] is None
+    assert torch.equal(loaded.model.wpe.weight, half["transformer.wpe.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"args": {"vocab_size": 65}},
+            "its vocabulary has 65 tokens, expected GPT-2's 50,257, or 50,304 with padding; ",
+        ),
+        ({"args": {"use_rmsnorm": True}}, "its model_args are .*use_rmsnorm, expected bias, block_size, dropout, "),
+        ({"model_args": {"n_layer": 2}}, "its model_args are n_layer, expected"),
+        ({"model_args": NANOGPT_ARGS | {"n_layer": 10**9}}, "ckpt.pt is too small for the model of its configuration"),
+        ({"model_args": NANOGPT_ARGS | {"n_layer": 3}}, "ckpt.pt has no h.2.ln_1.weight"),
+        (
+            {"model_args": NANOGPT_ARGS | {"n_layer": 1}},
+            r"ckpt.pt has h.1.attn.c_attn.(weight|bias), which is not in GPT-2",
+        ),
+        ({"model_args": NANOGPT_ARGS | {"n_head": 3}}, "n_embd is 8: expected a multiple of n_head, which is 3"),
+        (
+            {"model_args": NANOGPT_ARGS | {"n_embd": 16}},
+            r"wte.weight .* has shape \(50257, 8\), expected \(50257, 16\)",
+        ),
+        ({"model_args": NANOGPT_ARGS | {"bias": True}}, "ckpt.pt has no h.0.ln_1.bias"),
+        (
+            {"model_args": NANOGPT_ARGS | {"vocab_size": 50_257}},
+            "wte.weight has 50304 rows, expected 50257 from its model",
+        ),
+        ({"args": {"bias": True}, "model_args": NANOGPT_ARGS}, "it has biases, although its model_args say bias=False"),
+        ({"model_args": [1]}, "is not a readable nanoGPT checkpoint"),
+        ({"model": {1: torch.ones(2)}}, "is not a readable nanoGPT checkpoint"),
+        ({"model": {"wte.weight": 3}}, "is not a readable nanoGPT checkpoint"),
+        ({"model": None}, "is not a nanoGPT checkpoint: it has no 'model' and 'model_args'"),
+        ({"weights": {"lm_head.weight": torch.ones(50_304, 8)}}, "lm_head.weight, is not tied to the embedding"),
+        (
+            {"weights": {"transformer.h.0.attn.c_attn.weight": torch.ones(8, 24)}},
+            r"shape \(8, 24\), expected \(24, 8\)",
+        ),
+        ({"weights": {"transformer.h.0.attn.q_norm.weight": torch.ones(4)}}, "h.0.attn.q_norm.* is not in GPT-2"),
+    ],
+)
+def test_nanogpt_checkpoint_of_another_architecture_is_rejected(tmp_path, changes, message):
+    save_nanogpt(tmp_path / "ckpt.pt", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_pretrained(str(tmp_path))
+    assert str(tmp_path / "ckpt.pt") in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Trap:
+    """An object whose unpickling creates a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
+def test_pickled_objects_in_a_pt_file_are_not_executed(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    file, content = tmp_path / "ckpt.pt", {"model": {}, "model_args": NANOGPT_ARGS, "config": Trap(tmp_path / "sprung")}
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "torch")
+    message = error_message(load_pretrained, str(tmp_path))
+    expected = "ckpt.pt needs unpickling of posix.mkdir, which can execute code, so it is not loaded"
+    assert (expected if form == "torch" else "other formats need unpickling, which can execute code") in message
+    assert "\n" not in message and not (tmp_path / "sprung").exists()
+    if form == "torch":
+        torch.load(file, weights_only=False)
+        assert (tmp_path / "sprung").exists()  # the trap works
+
+
+def test_nanogpt_checkpoint_with_other_objects_is_refused(tmp_path):
+    save_nanogpt(tmp_path / "ckpt.pt", config=argparse.Namespace(lr=1))
+    assert "needs unpickling of argparse.Namespace, which" in error_message(load_pretrained, str(tmp_path))
+
+
+def test_corrupt_and_missing_nanogpt_checkpoints(tmp_path):
+    file = tmp_path / "ckpt.pt"
+    assert f"{file}: no such file; give nanoGPT's ckpt.pt" in error_message(load_pretrained, str(file))
+    file.mkdir()
+    assert "no such file" in error_message(load_pretrained, str(tmp_path))
+    file.rmdir()
+    save_nanogpt(file)
+    content = file.read_bytes()
+    for cut in (0, 3, 2000, len(content) - 1):
+        file.write_bytes(content[:cut])
+        assert "is corrupt, or not in the zip format of torch.save" in error_message(load_pretrained, str(file))

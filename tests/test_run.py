@@ -79,6 +79,20 @@ def test_flags_that_define_the_run_cannot_change(flags):
         open_run(flags, replace(MODEL, n_head=2))
 
 
+def test_checkpoint_without_a_newer_field_of_the_model_resumes(flags):
+    """Such a field has its default in older checkpoints."""
+    run, model, optimizer, _ = open_run(flags)
+    run.save(3, model, optimizer, {})
+    file = run.folder / "step_000003" / "meta.json"
+    meta = json.loads(file.read_text())
+    assert meta["model"].pop("gelu") == "tanh"
+    file.write_text(json.dumps(meta))
+    assert open_run(flags)[3] == 3
+    assert checkpoint.load_model(file.parent, meta).config == MODEL
+    with pytest.raises(UserError, match="gelu was tanh and is now none"):
+        open_run(flags, replace(MODEL, gelu="none"))
+
+
 def test_flags_that_do_not_change_the_result_are_resumable():
     shared = {"out", "data", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes", "report_to"}
     shared |= {"device", "dtype", "compile", "deterministic"}
@@ -117,7 +131,7 @@ def test_log_rows_after_the_checkpoint_are_dropped(flags, saved, kept):
 def test_only_the_first_process_writes(flags):
     run, model, optimizer, _ = open_run(flags)
     run.procs, run.config = replace(SINGLE, rank=1), replace(flags, report_to=("tensorboard",))
-    MetricsLogger(run, model, 0, 1, 16).log_validation(0, 1.0)
+    MetricsLogger(run, model, 0, 1, 16, 1.0).log_validation(0, 1.0)
     run.save(1, model, optimizer, {})
     assert not run.log_file.exists() and not checkpoint.list_checkpoints(run.folder)
     assert not (run.folder / "tensorboard").exists()

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from minigpt.cli import UserError
 from minigpt.shards import (
     FORMAT_VERSIONS,
     PROGRESS_FILE,
+    SPLITS,
     ShardWriter,
     begin_dataset,
     finish_dataset,
@@ -254,7 +257,7 @@ def test_a_missing_folder_names_the_script_that_creates_it(tmp_path, kind, scrip
 
 def test_a_folder_without_validation_shards(tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(3, dtype=np.uint16))
-    with pytest.raises(UserError, match=r"no meta.json, and no \*train_\*.npy and \*val_\*.npy"):
+    with pytest.raises(UserError, match=r"no meta.json, and no shards of both splits, such as NAME_train_000001\.bin"):
         read_meta(tmp_path, "text")
 
 
@@ -331,21 +334,122 @@ def test_pickled_objects_are_never_loaded(tmp_path):
     assert Trap.sprung  # the trap works
 
 
-def test_bare_shards_are_read(tmp_path):
+def write_bin(file: Path, tokens, magic: int = 20240520, version: int = 1, dtype: str = "<u2") -> None:
+    """Write a shard as llm.c and modded-nanogpt do: a header of 256 int32, then the tokens."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens)
+    file.write_bytes(header.tobytes() + np.asarray(tokens, dtype).tobytes())
+
+
+def write_raw(file: Path, tokens) -> None:
+    """Write a shard as nanoGPT does: the tokens alone."""
+    np.asarray(tokens, "<u2").tofile(file)
+
+
+def write_npy(file: Path, tokens) -> None:
+    np.save(file, np.asarray(tokens, np.uint16))
+
+
+BARE_FORMATS = {"npy": (write_npy, ".npy"), "llm.c": (write_bin, ".bin"), "nanoGPT": (write_raw, ".bin")}
+
+
+@pytest.mark.parametrize("write, suffix", BARE_FORMATS.values(), ids=BARE_FORMATS)
+def test_bare_shards_are_read(tmp_path, write, suffix):
     for name, tokens in {"train_000001": [50256, 1, 2], "train_000002": [3], "val_000000": [50256, 4]}.items():
-        np.save(tmp_path / f"edufineweb_{name}.npy", np.array(tokens, dtype=np.uint16))
+        write(tmp_path / f"edufineweb_{name}{suffix}", tokens)
+    for name in ("notes.bin", "train.txt", "retrain.bin", "train_tokens.npy", "edufineweb_test_000000.bin"):
+        (tmp_path / name).write_text("no shard")
     meta = read_meta(tmp_path, "text")
     assert (meta["tokenizer"], meta["train"]["tokens"], meta["val"]["tokens"]) == ("gpt2", 4, 2)
     arrays = open_arrays(tmp_path, meta)
     assert [array.tolist() for array in arrays["train"]] == [[50256, 1, 2], [3]]
     assert [array.tolist() for array in arrays["val"]] == [[50256, 4]]
-
-
-def test_bare_shards_are_not_chat_data(tmp_path):
-    for name in ("train_000001", "val_000000"):
-        np.save(tmp_path / f"edufineweb_{name}.npy", np.arange(3, dtype=np.uint16))
+    assert all(isinstance(array, np.memmap) for array in arrays["train"] + arrays["val"])
     with pytest.raises(UserError, match="incomplete or not a dataset"):
         read_meta(tmp_path, "chat")
+
+
+@pytest.mark.parametrize(
+    ("names", "write"),
+    [
+        (("train.bin", "val.bin"), write_raw),  # nanoGPT
+        (("tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin"), write_bin),  # llm.c
+        (("TinyStories_train.bin", "TinyStories_val.bin"), write_bin),  # llm.c
+        (("fineweb_train_000001.bin", "fineweb_val_000000.bin"), write_bin),  # llm.c, modded-nanogpt
+    ],
+)
+def test_names_of_other_repositories(tmp_path, names, write):
+    for name in names:
+        write(tmp_path / name, [50256, 7])
+    meta = read_meta(tmp_path)
+    assert (meta["train"]["files"][0]["file"], meta["val"]["files"][0]["file"]) == names
+
+
+def test_one_token_without_a_header(tmp_path):
+    write_raw(tmp_path / "train.bin", [7])
+    assert open_array(tmp_path / "train.bin").tolist() == [7]
+
+
+HEADER = np.array([20240520, 1, 3], "<i4").tobytes().ljust(1024, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (HEADER + bytes(5), "it has 1,029 bytes, expected 1,030 for the 3 tokens in its header; download or write"),
+        (HEADER + bytes(8), "it has 1,032 bytes, expected 1,030"),
+        (HEADER[:800], "it has 800 bytes, expected 1,030"),
+        (HEADER[:4], "has magic 20240520 and version 0"),
+        (HEADER[:8] + bytes(1016), "it holds no tokens"),
+        (HEADER[:8] + b"\xff" * 4 + bytes(1012), "it has 1,024 bytes, expected 1,022"),
+        (bytes(7), "it has an odd number of bytes, 7, expected uint16 tokens"),
+        (b"", "it holds no tokens"),
+    ],
+)
+def test_corrupt_bin_files(tmp_path, content, message):
+    (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        open_array(tmp_path / "train.bin")
+    assert str(tmp_path / "train.bin") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("magic", "version", "dtype"), [(20240801, 7, "<u4"), (20240522, 1, "<u2"), (20240520, 2, "<u2")]
+)
+def test_other_formats_of_llm_c_are_refused(tmp_path, magic, version, dtype):
+    write_bin(tmp_path / "fineweb_val_000000.bin", [128000, 1, 2][-2:], magic, version, dtype)
+    message = rf"magic {magic} and version {version} in its header, expected 20240520 and 1: .* Llama 3"
+    with pytest.raises(UserError, match=message):
+        open_array(tmp_path / "fineweb_val_000000.bin")
+
+
+def test_character_tokens_of_nanogpt_are_refused(tmp_path):
+    for name in ("train.bin", "val.bin"):
+        write_raw(tmp_path / name, [1, 2, 3])
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match=r"character tokens: .* prepare_fineweb.py --files input.txt --tokenizer bytes"):
+        read_meta(tmp_path, "text")
+
+
+def test_shards_in_two_formats_are_refused(tmp_path):
+    """They are often the same tokens twice."""
+    for split in SPLITS:
+        write_bin(tmp_path / f"{split}.bin", [1, 2])
+        write_npy(tmp_path / f"{split}_000000.npy", [1, 2])
+    with pytest.raises(UserError, match=r"holds shards in \.npy and \.bin files: keep one"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train_000001.npy"])
+def test_only_regular_files_are_opened(tmp_path, name):
+    """Opening a named pipe would wait for a writer."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
+        open_array(tmp_path / name)
+    (tmp_path / "link").mkdir()
+    write_raw(tmp_path / "real", [5])
+    (tmp_path / "link" / "train.bin").symlink_to("../real")
+    assert open_array(tmp_path / "link" / "train.bin").tolist() == [5]
 
 
 def test_an_empty_file_is_not_an_array(tmp_path):

@@ -131,14 +131,14 @@ def test_without_gigatoken_tiktoken_encodes_and_a_note_is_printed(gpt2_tokenizer
     texts = ["Some words.", "", "<|endoftext|>", "lone surrogate \ud800"]
     expected = [tokens.tolist() for tokens in gpt2_tokenizer.encode_documents(texts)]
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    slow = Tokenizer("gpt2")
+    slow = Tokenizer("gpt2", gpt2_tokenizer.ranks)
     assert [tokens.tolist() for tokens in slow.encode_documents(texts)] == expected
     assert slow.gigatoken is None and capsys.readouterr().out.count("gigatoken is not installed") == 1
 
 
 def test_bytes_does_not_use_gigatoken(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    tokenizer = Tokenizer("bytes")
+    tokenizer = Tokenizer("bytes", load_tokenizer("bytes").ranks)
     assert tokenizer.encode_documents(["é"])[0].tolist() == [256, 0xC3, 0xA9]
     assert tokenizer.gigatoken is None and capsys.readouterr().out == ""
 
@@ -167,7 +167,7 @@ def test_invalid_utf8_decodes_to_replacement_characters():
 
 
 def test_unknown_tokenizer():
-    with pytest.raises(UserError, match=r"there is no tokenizer 'gpt3': choose one of gpt2, bytes"):
+    with pytest.raises(UserError, match=r"there is no tokenizer 'gpt3': choose gpt2, bytes or a folder"):
         load_tokenizer("gpt3")
 
 

@@ -65,6 +65,15 @@ def test_step_equals_plain_torch(micro_batch_size):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_step_reports_each_micro_batch():
+    model, calls = small_model(), []
+    optimizer = build_optimizer(model, 1e-2, 0.1)
+    train_step(model, split(ragged_batch(6), 2), optimizer, 1e-2, 0.5, ALONE, lambda *call: calls.append(call))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    validate(model, split(ragged_batch(6), 2), ALONE, calls.append)
+    assert calls[3:] == [1, 2, 3]
+
+
 def test_step_sets_the_learning_rate():
     model = small_model()
     optimizer = build_optimizer(model, 1.0, 0.1)
