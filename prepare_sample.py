@@ -1,14 +1,11 @@
 """Build a small text corpus and questions with answers from Python's own documentation, without a download.
 
-    python prepare_sample.py
-    python prepare_fineweb.py --files data/sample/text.jsonl --tokenizer bytes --val_fraction 0.05 --out data/demo
-    python prepare_dolly.py --files data/sample/chat.jsonl --val_files data/sample/chat_val.jsonl \
-        --tokenizer bytes --block_size 256 --out data/demo_chat
+    python prepare_sample.py                    # into data/sample; `make demo` shows the commands that follow
 
 The text is about 2 MB of English: the language reference that `help()` shows, and the docstrings of the standard
-library. The questions ask for well-known modules, functions, classes and methods, for each name in two ways, and some
-are small talk. The names in chat_val.jsonl do not occur in chat.jsonl. The files depend on the version of the Python
-interpreter. Takes about 3 seconds.
+library. The questions ask what well-known modules, functions, classes and methods do, each in two ways; some are small
+talk. Every question occurs alone and in a conversation of several. chat_val.jsonl has names that chat.jsonl does not
+have. The files depend on the version of the Python interpreter. Takes about 3 seconds.
 """
 
 import ast
@@ -41,7 +38,7 @@ MODULES = """
 """
 TYPES = "dict float int list set str tuple collections.Counter collections.deque pathlib.Path"  # for their methods
 OBSCURE = (
-    r"os\.([A-Z]|exec|f|get.*id|l|posix_|pread|pwrite|sched_|set|spawn)|sys\.(_|[gs]et_)"
+    r"os\.([A-Z]|exec|f|get.*id|l|posix_|pread|pwrite|sched_|set|spawn)|sys\.(_|[gs]et_|\w*hook)"
     r"|asyncio\.(Abstract|.*(Child|Protocol|Transport|[Uu]nix|policy|watcher))"
 )
 MAX_ANSWER_CHARS = 160  # a question and its answer fit into 256 byte tokens
