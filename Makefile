@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
+QUESTIONS := "Who are you?" "What does json.dumps do?" "How do I use str.split?"
+
 .PHONY: demo test lint soak pictures clean
 
 # One stamp file per requirements file: if one has changed, make installs again.
@@ -23,16 +25,21 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 # The same scripts as on GPUs, at sizes for a CPU.  Running it again resumes, or reuses complete outputs.
 demo: $(VENV)/installed
 	$(PY) prepare_sample.py --out data/sample
-	$(PY) prepare_fineweb.py --files data/sample/text.jsonl --tokenizer bytes --val_fraction 0.05 --out data/demo
-	$(PY) prepare_dolly.py --files data/sample/chat.jsonl --tokenizer bytes --block_size 256 --out data/demo_chat
-	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 1000 --batch_tokens 4096 --lr 4e-3 \
-		--save_every 500
-	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 2 --batch_tokens 4096 \
-		--lr 1e-3 --dropout 0
-	@echo; echo "--- the pretrained model continues a text:"
-	$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 300 --temperature 0.6 --seed 1
-	@echo; echo "--- the finetuned model answers a question:"
-	$(PY) generate.py --checkpoint runs/demo_chat --prompt "What does json.dumps do?" --temperature 0.6 --seed 1
+	$(PY) prepare_tokenizer.py --files data/sample/text.jsonl --vocab_size 2048 --out data/demo_tokenizer
+	$(PY) prepare_fineweb.py --files data/sample/text.jsonl --tokenizer data/demo_tokenizer --val_fraction 0.05 \
+		--out data/demo
+	$(PY) prepare_dolly.py --files data/sample/chat.jsonl --val_files data/sample/chat_val.jsonl \
+		--tokenizer data/demo_tokenizer --block_size 256 --out data/demo_chat
+	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 300 --batch_tokens 4096 --lr 4e-3 \
+		--val_every 100 --save_every 100
+	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 16 --batch_tokens 2048 \
+		--lr 2e-3 --dropout 0 --val_every 200 --save_every 200 --best_by step
+	@echo; echo "--- The pretrained model continues a text:"
+	@$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 60 --temperature 0.6 --seed 1
+	@echo; echo "--- The finetuned model answers three questions:"
+	@for question in $(QUESTIONS); do \
+		echo "> $$question"; $(PY) generate.py --checkpoint runs/demo_chat --prompt "$$question" --seed 1 || exit; done
+	@echo; echo "It was trained on these questions: it recalls its training text, and makes up other answers."
 	@echo; $(PY) plot.py runs/demo runs/demo_chat --out runs/demo.png
 	@echo; echo "Chat with it: $(PY) generate.py --checkpoint runs/demo_chat --chat"
 
@@ -51,4 +58,4 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) data/sample data/demo data/demo_chat runs/demo runs/demo_chat runs/demo.png
+	rm -rf $(VENV) data/sample data/demo_tokenizer data/demo data/demo_chat runs/demo runs/demo_chat runs/demo.png

@@ -14,6 +14,7 @@ import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -47,6 +48,8 @@ class Config(TrainConfig):
     """Passes over the conversations."""
     steps: int | None = None
     """Optimiser steps, instead of --epochs."""
+    best_by: Literal["val_loss", "step"] = resumable("val_loss")
+    """The best checkpoint, which --checkpoint RUN loads: lowest validation loss, or last step, to recall the data."""
 
 
 def main(config: Config) -> None:

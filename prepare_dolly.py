@@ -55,6 +55,8 @@ class Config(DatasetConfig):
     val_fraction: float = 0.02
     mix: tuple[str, ...] = ()
     """Weighted sources instead, SOURCE=WEIGHT: files, folders, or hub datasets as owner/name:config:split."""
+    val_files: tuple[str, ...] = ()
+    """Local files with the conversations of the validation split; then all others are for training."""
     block_size: int | None = None
     """Maximum length of a conversation in tokens; default: the context of the newest pretrained model under runs/."""
     preview: int | None = None
@@ -63,10 +65,11 @@ class Config(DatasetConfig):
 
 @dataclass
 class Source:
-    """A source of conversations, its weight, and what it contributed."""
+    """A source of conversations, its weight, the split it is for (None: either), and what it contributed."""
 
     data: FileSource | HubSource
     weight: float = 1.0
+    split: str | None = None
     conversations: int = 0
     loss_tokens: int = 0
 
@@ -122,17 +125,25 @@ def main(config: Config) -> None:
 def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     config.check("mix")
+    if config.val_files and config.val_fraction != Config.val_fraction:
+        raise UserError("--val_files and --val_fraction cannot be combined: give one of them")
     cli.check_range("block_size", config.block_size, 16)
     cli.check_range("preview", config.preview, 1)
 
 
 def open_sources(config: Config) -> list[Source]:
-    """Return the sources of --mix, the local files, or the dataset on the hub."""
+    """Return the sources of --mix, the local files, or the dataset on the hub; and those of --val_files."""
     if config.mix:
-        return [parse_mix_item(item) for item in config.mix]
-    if config.files:
-        return [Source(FileSource(find_files(config.files, SUFFIXES, split=config.split), text_field=None))]
-    return [Source(HubSource(config.dataset, config.name, split=config.split))]
+        sources = [parse_mix_item(item) for item in config.mix]
+    elif config.files:
+        sources = [Source(FileSource(find_files(config.files, SUFFIXES, split=config.split), text_field=None))]
+    else:
+        sources = [Source(HubSource(config.dataset, config.name, split=config.split))]
+    if config.val_files:
+        sources = [replace(source, split="train") for source in sources]
+        val_files = find_files(config.val_files, SUFFIXES, "--val_files")
+        sources.append(Source(FileSource(val_files, text_field=None), split="val"))
+    return sources
 
 
 def parse_mix_item(item: str) -> Source:
@@ -176,13 +187,14 @@ def choose_block_size(config: Config, run: tuple[Path, dict] | None, tokenizer: 
 def dataset_meta(config: Config, tokenizer: Tokenizer, sources: list[Source]) -> dict:
     """Return the metadata that is fixed before the work starts. The same metadata gives the same bytes."""
     parts = [source.data.metadata() for source in sources]
-    mix = [{"weight": source.weight} | part for source, part in zip(sources, parts, strict=True)]
+    val_source = {"val": parts.pop()} if config.val_files else {}
+    mix = [{"weight": source.weight} | part for source, part in zip(sources, parts, strict=False)]
     return {
         "version": FORMAT_VERSIONS["chat"],
         "kind": "chat",
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.chat_vocab_size,
-        "source": {"mix": mix} if config.mix else parts[0],
+        "source": ({"mix": mix} if config.mix else parts[0]) | val_source,
         "block_size": config.block_size,
         "val_fraction": config.val_fraction,
     }
@@ -228,8 +240,13 @@ def read_splits(config: Config, sources: list[Source], tokenizer: Tokenizer) -> 
                 chooser.add(conversation.hash, 1)
             progress.update(counts["records"] - progress.done)
     progress.close()
-    val_fraction = chooser.choose(config.val_fraction, "conversation", format_counts(counts, config.block_size))
+    val_fraction, skipped = config.val_fraction, format_counts(counts, config.block_size)
+    if not config.val_files:
+        val_fraction = chooser.choose(val_fraction, "conversation", skipped)
     splits = split_conversations(conversations, val_fraction, unique=bool(config.mix))
+    for name in SPLITS:
+        if not splits[name]:
+            raise UserError(f"no usable conversation for the {name} split ({skipped}): give more data")
     entries = {name: write_split(config.out, name, split) for name, split in splits.items()} | counts
     return entries | ({"val_fraction_used": val_fraction} if val_fraction != config.val_fraction else {})
 
@@ -255,7 +272,8 @@ def split_conversations(
     splits: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     seen: set[float] = set()
     for conversation in conversations:
-        split, times = ("val" if conversation.hash < val_fraction else "train"), conversation.times
+        split = conversation.source.split or ("val" if conversation.hash < val_fraction else "train")
+        times = conversation.times
         if unique and split == "val":
             times = int(conversation.hash not in seen)
             seen.add(conversation.hash)

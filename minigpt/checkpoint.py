@@ -9,6 +9,7 @@ A checkpoint is written to a temporary folder beside its final place, flushed to
 hold tensors only, so loading a checkpoint from elsewhere cannot execute code.
 """
 
+import contextlib
 import math
 import shutil
 import sys
@@ -154,8 +155,15 @@ def find_newest(run: Path, warn: bool = False) -> Path | None:
 
 
 def find_best(run: Path) -> Path:
-    """Return the checkpoint with the lowest validation loss; among equals, the newest. The run has at least one."""
-    return min(reversed(list_checkpoints(run)), key=read_val_loss)
+    """Return the checkpoint with the lowest validation loss, or the newest if the run has `--best_by step`.
+
+    Among equals, the newest. The run has at least one.
+    """
+    found = list_checkpoints(run)
+    with contextlib.suppress(UserError):  # corrupt: reported when the checkpoint is loaded
+        if (read_meta(found[-1]).get("config") or {}).get("best_by") == "step":
+            return found[-1]
+    return min(reversed(found), key=read_val_loss)
 
 
 def read_val_loss(folder: Path) -> float:

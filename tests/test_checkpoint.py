@@ -371,6 +371,17 @@ def test_best_has_the_lowest_validation_loss(run, losses, expected):
     assert checkpoint.find_best(run).name == expected
 
 
+@pytest.mark.parametrize(("best_by", "expected"), [("val_loss", "step_000000"), ("step", "step_000002")])
+def test_best_by(run, best_by, expected):
+    """The flag of the newest checkpoint decides, so that a resumed run can change it."""
+    for step in range(3):
+        saved = {} if step == 0 else {"config": {"best_by": best_by if step == 2 else "step"}}
+        save_checkpoint(run / f"step_{step:06d}", val_loss=step, **saved)
+    assert checkpoint.find_best(run).name == expected
+    checkpoint.prune(run, keep=1)
+    assert names(checkpoint.list_checkpoints(run)) == sorted({expected, "step_000002"})
+
+
 @pytest.mark.parametrize(
     ("losses", "keep", "expected"),
     [

@@ -299,6 +299,20 @@ def test_adding_conversations_moves_none_to_the_other_split(prepare, tmp_path):
         assert all(conversation in after for conversation in before) and len(after) > len(before)
 
 
+def test_own_validation_files(prepare, tmp_path):
+    """All conversations of --val_files are for validation, with the others' hashes ignored, and none of the others."""
+    write_jsonl(tmp_path / "val.jsonl", [record | {"instruction": "Held out?"} for record in RECORDS[:3]])
+    done = prepare([], val_files="val.jsonl", val_fraction=None)
+    assert "train: 40 conversations" in done.stdout and "val: 3 conversations" in done.stdout
+    texts = {split: [format_marked(*both) for both in encoded(tmp_path / "out", split)] for split in SPLITS}
+    assert all("Held out?" in text for text in texts["val"])
+    assert all("Question" in text for text in texts["train"])
+    source = meta(tmp_path / "out")["source"]
+    assert (source["files"][0]["file"], source["val"]["files"][0]["file"]) == ("chat.jsonl", "val.jsonl")
+    prepare([], val_files="val.jsonl", val_fraction=None, files=None, mix="chat.jsonl=2", out="mixed")
+    assert [len(encoded(tmp_path / "mixed", split)) for split in SPLITS] == [80, 3]
+
+
 def test_a_context_that_is_too_long_is_truncated_and_the_answer_kept(prepare, tmp_path):
     long = {"instruction": "Who?", "context": "by Jane " * 50, "response": "Jane Austen."}
     prepare([long], block_size=100)
@@ -562,6 +576,8 @@ def test_a_source_with_too_little(prepare, tmp_path, records, message):
         ({"block_size": 15}, "--block_size is 15: it must be at least 16"),
         ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3'"),
         ({"files": "text.txt"}, "--files text.txt: no such file"),
+        ({"val_files": "gone.jsonl", "val_fraction": None}, "--val_files gone.jsonl: no such file"),
+        ({"val_files": "chat.jsonl"}, "--val_files and --val_fraction cannot be combined"),
     ],
 )
 def test_a_value_that_cannot_be_used(prepare, tmp_path, flags, message):
