@@ -345,7 +345,7 @@ def test_a_source_that_cannot_be_used(prepare, tmp_path, lines, message):
             "--text_suffixes .csv: expected suffixes with their dot, as in .py, other than .jsonl",
         ),
         ({"text_suffixes": "py"}, "--text_suffixes py: expected suffixes with their dot, as in .py"),
-        ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3': choose one of gpt2, bytes"),
+        ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3': choose gpt2, bytes or a folder"),
     ],
 )
 def test_a_value_that_cannot_be_used(prepare, tmp_path, flags, message):
@@ -377,7 +377,7 @@ def test_finished_shards_survive_a_network_error_but_not_unusable_data(here, tmp
     flags = {"val_fraction": 0.2, "shard_tokens": 500}
     monkeypatch.setattr(sources, "BATCH_CHARS", 500)
     here("texts.jsonl", **flags, out="whole")
-    monkeypatch.setattr(prepare_fineweb, "FileSource", FailingSource)
+    monkeypatch.setattr(sources, "FileSource", FailingSource)
     error = UserError("row 31 is unusable")
     with pytest.raises(UserError, match="unusable"):
         here("texts.jsonl", **flags)
