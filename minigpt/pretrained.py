@@ -43,7 +43,7 @@ class PretrainedModel:
         is_chat: whether it was finetuned for the chat format.
         source: the folder, file or hub id.
         history: the training runs that produced it, oldest first: "source" of the data, "step", "metrics", and
-            "config", the flags; {"source": SOURCE} only for weights that were trained elsewhere.
+            "config", the flags; "source" and perhaps "step" only for weights that were trained elsewhere.
     """
 
     model: GPT
