@@ -140,7 +140,7 @@ class CheckpointConfig:
     """The flag of scripts that load a model."""
 
     checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; default: the newest run in runs/."""
+    """A run, a checkpoint, a GPT-2 folder or hub id, or nanoGPT's ckpt.pt; default: the newest run in runs/."""
 
 
 @dataclass(frozen=True)
