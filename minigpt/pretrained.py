@@ -72,7 +72,7 @@ def load_pretrained(source: str | None, chat: bool = False) -> PretrainedModel:
     is_path = folder.is_dir() or source.count("/") > 1 or source.startswith((".", "/", "runs/"))
     if is_path and not (folder / "config.json").is_file():
         raise UserError(
-            f"{source}: no checkpoint found; give a run, a checkpoint, a Hugging Face GPT-2 folder or hub id, or ckpt.pt;"
+            f"{source}: no checkpoint found; give a run, a checkpoint, a Hugging Face folder or hub id, or ckpt.pt;"
             f" {format_runs()}"
         )
     model = load_hf(source)
