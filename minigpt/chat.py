@@ -13,12 +13,21 @@ from typing import Any
 from minigpt.cli import UserError
 from minigpt.tokenizer import ROLES, Tokenizer
 
-LAYOUTS = "messages; conversations; prompt and completion; instruction and response or output"
+# The fields of a question, and of its answer, in records of one question each.
+QUESTION_FIELDS = {
+    "instruction": ("response", "output"),
+    "question": ("answer", "response"),
+    "prompt": ("response", "completion"),
+}
+LAYOUTS = (
+    "messages; conversations; prompt and completion; instruction and response or output; question and answer; prompt"
+    " and response"
+)
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def to_messages(location: str, record: dict) -> tuple[list[dict], int]:
-    """Convert a record in the layout of Dolly, Alpaca, OpenAI, ShareGPT or TRL; `prepare_dolly.py` shows each.
+    """Convert a record in any of the layouts that `prepare_dolly.py` lists.
 
     Returns (messages, n_prompt): {"role", "content"} each; the first `n_prompt` are context only, without loss.
     Raises `UserError`, naming the record's location, if the layout is unknown.
@@ -31,14 +40,15 @@ def to_messages(location: str, record: dict) -> tuple[list[dict], int]:
         prompt = parse_messages(location, "prompt", fields["prompt"], role="user")
         completion = parse_messages(location, "completion", fields["completion"], role="assistant")
         return prompt + completion, len(prompt)
-    if "instruction" not in fields:
+    name = next((name for name in QUESTION_FIELDS if name in fields), None)
+    if name is None:
         found = f"its fields are {', '.join(record)}" if record else "it has no fields"
         raise UserError(f"{location}: unknown layout: {found}; supported are {LAYOUTS}")
-    instruction = get_text(location, record, "instruction")
+    question = get_text(location, record, name)
     context = get_text(location, record, "context", "input", optional=True)
-    response = get_text(location, record, "response", "output")
-    question = f"{instruction}\n\n{context}" if context else instruction
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}], 0
+    answer = get_text(location, record, *QUESTION_FIELDS[name])
+    question = f"{question}\n\n{context}" if context else question
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], 0
 
 
 def parse_messages(location: str, name: str, value: Any, role: str | None = None) -> list[dict]:

@@ -4,24 +4,30 @@ Every source iterates over (location, record): a dict, and its location for erro
 """
 
 import contextlib
+import csv
 import glob
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from minigpt.cli import UserError, check_range
-from minigpt.files import sha256
+from minigpt.files import read_json, sha256
 
 Record = tuple[str, dict]
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-COMPRESSIBLE = (".txt", ".jsonl", ".json")  # suffixes that may be followed by .gz or .zst
+RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")  # all other files are text
 BATCH_CHARS = 4_000_000
-DOCUMENT_CHARS = 16_384  # a long .txt file is split into documents of about this length
+MAX_FIELD_CHARS = 100_000_000  # of a CSV file; a missing quote would read the rest of the file as one field
+DOCUMENT_CHARS = (1024, 16_384)  # shortest and longest target length when text files are cut into documents
+
+
+class NetworkError(UserError):
+    """The network failed: running the same command again resumes."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,16 @@ class SourceConfig:
     name: str | None = None
     """Configuration of the dataset; default: sample-10BT for FineWeb-Edu, else the dataset's default."""
     split: str = "train"
-    """Split of the dataset."""
+    """Split of the dataset, or of a folder with several splits saved by datasets.save_to_disk."""
     files: tuple[str, ...] = ()
-    """Local files instead of a dataset: paths, folders or globs; text and JSON also with .gz or .zst."""
+    """Local files instead of a dataset: paths, folders or globs; all but Parquet also with .gz or .zst."""
     tokenizer: str = "gpt2"
     """gpt2, or bytes, which needs no download."""
 
     def check(self, *others: str) -> None:
         """Raise `UserError` if more than one of --files, --dataset and `others` is given, or for invalid values."""
-        hub_flags = any(getattr(self, name) != getattr(type(self), name) for name in ("dataset", "name", "split"))
+        names = ("dataset", "name") if self.files else ("dataset", "name", "split")
+        hub_flags = any(getattr(self, name) != getattr(type(self), name) for name in names)
         if hub_flags + sum(bool(getattr(self, name)) for name in ("files", *others)) > 1:
             names = ", ".join(f"--{name}" for name in ("files", *others))
             raise UserError(f"{names} and --dataset with --name and --split cannot be combined: give one of them")
@@ -83,17 +90,22 @@ class HubSource:
     """
 
     def __init__(self, dataset: str, name: str | None, column: str | None = None, split: str = "train"):
-        from datasets import load_dataset
-        from huggingface_hub import HfApi
-
         self.dataset, self.name, self.column, self.split = dataset, name, column, split
         self.label = f"{dataset}/{name}" if name else dataset
         # rows so far; state of the stream before the last table; rows of that table
-        self.position = {"row": 0, "table": None, "done": 0}
+        self.position = self.start = {"row": 0, "table": None, "done": 0}
+        self.revision: str | None = None
+        self.open()
+
+    def open(self) -> None:
+        """Open the dataset, in its newest revision the first time, at the first row."""
+        from datasets import load_dataset
+        from huggingface_hub import HfApi
+
         try:
-            self.revision = HfApi().dataset_info(dataset).sha
-            stream = load_dataset(dataset, name=name, split=split, streaming=True, revision=self.revision)
-            self.stream = stream.with_format("arrow")
+            self.revision = self.revision or HfApi().dataset_info(self.dataset).sha
+            options = {"name": self.name, "split": self.split, "streaming": True, "revision": self.revision}
+            self.stream = load_dataset(self.dataset, **options).with_format("arrow")
         except Exception as error:  # the client raises many types: unknown name, no network, a private dataset
             raise UserError(
                 f"dataset {self.label} cannot be opened: {first_line(error)}; check the name and the network, or use"
@@ -108,9 +120,11 @@ class HubSource:
     def records(self, position: dict | None = None) -> Iterator[Record]:
         """Yield all records, or those after an earlier value of `self.position`, without reading earlier files.
 
-        Raises `UserError` if the network fails beyond the client's retries.
+        Raises `NetworkError` if the network fails beyond the client's retries.
         """
-        self.position = position or self.position
+        if self.position is not self.start:  # a second pass
+            self.open()
+        self.position = position or self.start
         row, begin, done = (self.position[key] for key in ("row", "table", "done"))
         if begin is not None:
             self.stream.load_state_dict(begin)
@@ -121,7 +135,7 @@ class HubSource:
             except StopIteration:
                 return
             except Exception as error:
-                raise UserError(
+                raise NetworkError(
                     f"dataset {self.label} failed after row {row:,}: {first_line(error)}; run the same command again to"
                     " resume"
                 ) from None
@@ -156,33 +170,61 @@ def text_batches(source: FileSource | HubSource, position: Any, text_field: str)
         yield texts, source.position
 
 
-def find_files(patterns: Sequence[str], suffixes: Sequence[str], flag: str = "--files") -> list[Path]:
+def find_files(
+    patterns: Sequence[str], suffixes: Sequence[str], flag: str = "--files", split: str = SourceConfig.split
+) -> list[Path]:
     """Return the files that paths, folders and globs name; those of a folder or glob in alphabetical order.
 
+    A folder saved by `datasets.save_to_disk` stands for its Arrow files; `split` selects one of several splits.
     Raises `UserError`: a pattern that matches nothing, a file with another suffix, a file named twice.
     """
-    supported = f"{' or '.join(suffixes)} (text also with .gz or .zst)"
+    supported = f"{' or '.join(suffixes)} (also with .gz or .zst, except .parquet)"
     files: list[Path] = []
+    has_splits = False
     for pattern in patterns:
         paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not paths:
-            raise UserError(f"{flag} {pattern}: no such file")
+            where = "" if Path(pattern).is_absolute() else f" in {Path.cwd()}"
+            raise UserError(f"{flag} {pattern}: no such file{where}")
         for path in map(Path, paths):
-            found = list_folder(path, suffixes) if path.is_dir() else [path]
-            if not found:
-                raise UserError(f"{flag} {path}: no file in this folder ends in {supported}")
+            if (path / "dataset_dict.json").is_file():
+                path, has_splits = find_split(path, split, flag), True
             if path.is_dir():
-                print(f"{path}: {len(found):,} file{'s' if len(found) > 1 else ''}")
-            files += found
+                saved = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+                found = list_saved_dataset(path) if saved else list_folder(path, suffixes)
+                if not found:
+                    raise UserError(f"{flag} {path}: no file in this folder ends in {supported}")
+                print(f"{path}: {plural(len(found), 'file')}")
+                files += found
+            else:
+                files.append(path)
+    if split != SourceConfig.split and not has_splits:
+        raise UserError(f"--split {split}: {flag} has no folder of several splits saved by datasets.save_to_disk")
     counts = Counter(file.resolve() for file in files)  # symbolic links can name a file twice
     for file in files:
         if not file.is_file():
             raise UserError(f"{flag} {file}: not a file")
-        if data_suffix(file) not in suffixes:
+        if data_suffix(file) not in (*suffixes, ".arrow"):
             raise UserError(f"{flag} {file}: a file must end in {supported}")
         if counts[file.resolve()] > 1:
             raise UserError(f"{flag} {file}: named more than once")
     return files
+
+
+def find_split(folder: Path, split: str, flag: str) -> Path:
+    """Return the folder of a split of a dataset saved by `datasets.save_to_disk`."""
+    splits = read_json(folder / "dataset_dict.json").get("splits", [])
+    if split not in splits:
+        raise UserError(f"{flag} {folder}: no split {split!r}; --split can be one of: {', '.join(map(str, splits))}")
+    return folder / split
+
+
+def list_saved_dataset(folder: Path) -> list[Path]:
+    """Return the Arrow files of a dataset saved by `datasets.save_to_disk`."""
+    try:
+        return [folder / Path(entry["filename"]).name for entry in read_json(folder / "state.json")["_data_files"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{folder}/state.json is corrupt: it does not list the files of a dataset") from None
 
 
 def list_folder(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -194,25 +236,32 @@ def list_folder(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 def data_suffix(file: Path) -> str:
     """Return a file's suffix without the compression: ".jsonl" for notes.jsonl.gz."""
     inner = Path(file.stem).suffix
-    return inner if file.suffix in COMPRESSIONS and inner in COMPRESSIBLE else file.suffix
+    return inner if file.suffix in COMPRESSIONS and inner not in ("", ".parquet", ".arrow") else file.suffix
 
 
 def read_files(files: Sequence[Path], text_field: str | None = "text") -> Iterator[Record]:
     """Yield the records of files, one file after the other. Only `.json` files are read into memory whole.
 
-    A document of a `.txt` file becomes {text_field: text}. `.parquet` files are read in this column only, or in all
-    with None. Raises `UserError` for a corrupt file.
+    A text file is cut into documents, {text_field: text} each. Of Parquet, Arrow and CSV files this column is required;
+    None accepts any. Raises `UserError` for a corrupt file.
     """
+    total_bytes = sum(file.stat().st_size for file in files)
+    shortest, longest = DOCUMENT_CHARS
+    document_chars = min(max(shortest, total_bytes // 100), longest)  # about a hundred documents of a small corpus
     for file in files:
         suffix = data_suffix(file)
-        if suffix == ".txt":
-            yield from read_txt(file, text_field or "text")
-        elif suffix == ".parquet":
-            yield from read_parquet(file, text_field)
+        if suffix == ".jsonl":
+            yield from read_jsonl(file)
         elif suffix == ".json":
             yield from read_json_list(file)
+        elif suffix == ".csv":
+            yield from read_csv(file, text_field)
+        elif suffix == ".parquet":
+            yield from read_parquet(file, text_field)
+        elif suffix == ".arrow":
+            yield from read_arrow(file, text_field)
         else:
-            yield from read_jsonl(file)
+            yield from read_text(file, text_field or "text", document_chars)
 
 
 def read_jsonl(file: Path) -> Iterator[Record]:
@@ -249,6 +298,26 @@ def read_json_list(file: Path) -> Iterator[Record]:
         yield f"{file} record {number}", record
 
 
+def read_csv(file: Path, column: str | None) -> Iterator[Record]:
+    """Yield the rows of a CSV file by the names in its first line. A quoted value may hold commas and line breaks."""
+    csv.field_size_limit(MAX_FIELD_CHARS)
+    row = 0
+    with open_stream(file) as stream:
+        rows = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+        try:
+            names = next(rows, [])
+            if column is not None and names:
+                check_column(column, names, str(file))
+            for values in filter(None, rows):  # without blank lines
+                row += 1
+                if len(values) != len(names):
+                    sizes = f"{plural(len(values), 'value')} for {plural(len(names), 'column')}"
+                    raise UserError(f"{file} row {row}: {sizes}; a value with a comma must be in double quotes")
+                yield f"{file} row {row}", dict(zip(names, values, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file} near row {row + 1}: malformed CSV: {error}") from None
+
+
 def read_parquet(file: Path, column: str | None) -> Iterator[Record]:
     """Yield the rows of a Parquet file, with one column or with all."""
     import pyarrow.parquet
@@ -256,15 +325,32 @@ def read_parquet(file: Path, column: str | None) -> Iterator[Record]:
     with report_corrupt(file, "Parquet file"), pyarrow.parquet.ParquetFile(file) as parquet:
         if column is not None:
             check_column(column, parquet.schema_arrow.names, str(file))
-        row = 0
-        for batch in parquet.iter_batches(batch_size=1024, columns=None if column is None else [column]):
-            for record in batch.to_pylist():
-                row += 1
-                yield f"{file} row {row}", record
+        batches = parquet.iter_batches(batch_size=1024, columns=None if column is None else [column])
+        yield from number_rows(file, batches)
 
 
-def read_txt(file: Path, text_field: str) -> Iterator[Record]:
-    """Yield a text file as documents, split at the first blank line after every `DOCUMENT_CHARS` characters.
+def read_arrow(file: Path, column: str | None) -> Iterator[Record]:
+    """Yield the rows of an Arrow file that `datasets.save_to_disk` wrote, with one column or with all."""
+    import pyarrow.ipc
+
+    with report_corrupt(file, "Arrow file"), pyarrow.memory_map(str(file)) as stream:
+        batches = pyarrow.ipc.open_stream(stream)
+        if column is not None:
+            check_column(column, batches.schema.names, str(file))
+        yield from number_rows(file, (batch if column is None else batch.select([column]) for batch in batches))
+
+
+def number_rows(file: Path, batches: Iterable) -> Iterator[Record]:
+    """Yield the rows of Arrow record batches."""
+    row = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            row += 1
+            yield f"{file} row {row}", record
+
+
+def read_text(file: Path, text_field: str, document_chars: int) -> Iterator[Record]:
+    """Yield a text file as documents, cut at the first blank line after every `document_chars` characters.
 
     A book becomes many documents: some of them serve for validation, and a file of any size fits in memory.
     """
@@ -274,11 +360,11 @@ def read_txt(file: Path, text_field: str) -> Iterator[Record]:
     with open_stream(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
         try:
-            while line := text.readline(DOCUMENT_CHARS):
+            while line := text.readline(document_chars):
                 number += line.endswith("\n")
                 lines.append(line)
                 n_chars += len(line)
-                if n_chars >= 4 * DOCUMENT_CHARS or (n_chars >= DOCUMENT_CHARS and not line.strip()):
+                if n_chars >= 4 * document_chars or (n_chars >= document_chars and not line.strip()):
                     yield f"{file} before line {number}", {text_field: "".join(lines)}
                     lines, n_chars = [], 0
         except UnicodeDecodeError as error:
@@ -331,3 +417,8 @@ def check_column(name: str, names: Sequence[str], location: str) -> None:
 def first_line(error: Exception) -> str:
     """Return the first line of an exception's message, or its type."""
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+
+
+def plural(n: int, noun: str) -> str:
+    """Return "1 shard" or "2 shards"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

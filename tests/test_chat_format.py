@@ -59,6 +59,13 @@ LAYOUTS = {  # name: (record, messages, number of messages that are context only
         QUESTION,
         0,
     ),
+    "question and answer": ({"id": 7, "question": "Who?", "answer": "Jane."}, QUESTION, 0),
+    "question with context": (
+        {"question": "Who?", "context": "Emma, by Jane", "answer": "Jane."},
+        QUESTION_WITH_CONTEXT,
+        0,
+    ),
+    "prompt and response": ({"prompt": "Who?", "response": "Jane."}, QUESTION, 0),
     "prompt and completion": ({"prompt": "Who?", "completion": "Jane."}, QUESTION, 1),
     "prompt and completion in messages": (
         {
@@ -138,9 +145,11 @@ NOT_TEXT = "the content of a message must be text, not"
         ({"messages": "Hello?"}, ": messages must be a list of messages"),
         ({"prompt": "Who?", "completion": 5}, ": completion must be a list of messages"),
         (
-            {"prompt": "Who?", "response": "Jane."},
-            ": unknown layout: its fields are prompt, response; supported are messages; conversations; prompt and",
+            {"text": "Who?", "label": "Jane."},
+            ": unknown layout: its fields are text, label; supported are messages; conversations; prompt and",
         ),
+        ({"prompt": "Who?"}, ": no text in field 'response' or 'completion'; the record has: prompt"),
+        ({"question": "Who?"}, ": no text in field 'answer' or 'response'; the record has: question"),
         ({}, ": unknown layout: it has no fields; supported are messages; conversations; prompt and completion;"),
         (
             {"instruction": "Who?", "answer": "Jane."},

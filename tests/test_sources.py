@@ -1,10 +1,12 @@
 """Finding files, and the records of every file format and of the hub."""
 
+import csv
 import functools
 import gzip
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +23,10 @@ from hypothesis import strategies as st
 
 from minigpt import sources
 from minigpt.cli import UserError
-from minigpt.sources import DOCUMENT_CHARS, FileSource, HubSource, find_files, read_files
+from minigpt.sources import FileSource, HubSource, find_files, read_files
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-SUPPORTED = ".txt or .jsonl or .parquet (text also with .gz or .zst)"
+SUPPORTED = ".txt or .jsonl or .parquet (also with .gz or .zst, except .parquet)"
 
 
 @pytest.fixture
@@ -87,8 +89,9 @@ def test_an_existing_name_with_brackets_is_not_a_glob(folder):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["missing.txt"], "--files missing.txt: no such file"),
-        (["a.txt", "*.parquet"], "--files *.parquet: no such file"),
+        (["missing.txt"], "--files missing.txt: no such file in {folder}"),
+        (["/missing.txt"], "--files /missing.txt: no such file"),
+        (["a.txt", "*.parquet"], "--files *.parquet: no such file in {folder}"),
         (["notes.md"], f"--files notes.md: a file must end in {SUPPORTED}"),
         (["c.parquet.gz"], f"--files c.parquet.gz: a file must end in {SUPPORTED}"),
         (["x.gz"], f"--files x.gz: a file must end in {SUPPORTED}"),
@@ -106,7 +109,7 @@ def test_a_pattern_that_cannot_be_used(folder, patterns, message):
     Path("dangling/gone.txt").symlink_to("nowhere")
     with pytest.raises(UserError) as error:
         find_files(patterns, SUFFIXES)
-    assert str(error.value) == message
+    assert str(error.value) == message.format(folder=folder)
 
 
 # ---- jsonl -----------------------------------------------------------------------------------------------------------
@@ -204,9 +207,102 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
         list(read_files([file]))
 
 
+# ---- csv -------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))), line_end=st.sampled_from(["\n", "\r\n"]))
+@example(texts=['a "quote", a comma\nand a line', "", "\r\n", "x" * 200_000], line_end="\n")
+def test_csv_yields_every_row(tmp_path_factory, texts, line_end):
+    file = tmp_path_factory.mktemp("csv") / "a.csv"
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator=line_end, quoting=csv.QUOTE_NONNUMERIC).writerows(
+            [("id", "body"), *enumerate(texts)]
+        )
+    expected = [(f"{file} row {i + 1}", {"id": str(i), "body": text}) for i, text in enumerate(texts)]
+    assert list(read_files([file], "body")) == expected
+
+
+def test_csv_of_a_spreadsheet(folder):
+    """With a byte order mark, and blank lines at the end."""
+    file = write("a.csv", b"\xef\xbb\xbftext,n\r\none,1\r\n\r\ntwo,2\r\n\r\n")
+    assert records(file) == [{"text": "one", "n": "1"}, {"text": "two", "n": "2"}]
+    assert records(write("empty.csv", "")) == records(write("head.csv", "text,n\n")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,body\n1,x\n", "a.csv: no column 'text'; --text_field can be one of: id, body"),
+        (
+            "text,n\nx,1\nHello, world,2\n",
+            "a.csv row 2: 3 values for 2 columns; a value with a comma must be in double",
+        ),
+        ("text,n\nx\n", "a.csv row 1: 1 value for 2 columns"),
+        ('text,n\nx,1\n"open,2\ny,3\n', "a.csv near row 2: malformed CSV: unexpected end of data"),
+        (b"text\nx\ncaf\xe9\n", "a.csv near row 1: malformed CSV: 'utf-8' codec"),
+    ],
+)
+def test_csv_that_cannot_be_used(folder, content, message):
+    with pytest.raises(UserError) as error:
+        records(write("a.csv", content))
+    assert str(error.value).startswith(message)
+
+
+# ---- folders saved by datasets.save_to_disk --------------------------------------------------------------------------
+
+SAVED = {"train": ["one", "two", "three"], "test": ["four"]}
+
+
+@pytest.fixture
+def saved(folder):
+    """Saved datasets: "plain" with two files and one left over, "splits" with train and test."""
+    tables = {
+        split: datasets.Dataset.from_dict({"id": [7] * len(texts), "text": texts}) for split, texts in SAVED.items()
+    }
+    tables["train"].save_to_disk("plain", num_shards=2)
+    shutil.copy("plain/data-00000-of-00002.arrow", "plain/data-00000-of-00001.arrow")
+    datasets.DatasetDict(tables).save_to_disk("splits")
+
+
+def test_saved_datasets_are_read(saved, capsys):
+    files = find_files(["plain", "splits"], SUFFIXES)
+    names = ["plain/data-00000-of-00002.arrow", "plain/data-00001-of-00002.arrow"]
+    assert list(map(str, files)) == [*names, "splits/train/data-00000-of-00001.arrow"]
+    assert records(*files) == [{"text": text} for text in SAVED["train"]] * 2
+    assert next(read_files(files, None)) == (f"{names[0]} row 1", {"id": 7, "text": "one"})
+    assert capsys.readouterr().out == "plain: 2 files\nsplits/train: 1 file\n"
+    assert records(*find_files(["splits"], SUFFIXES, split="test")) == [{"text": "four"}]
+    assert len(FileSource(files).metadata()["files"][0]["sha256"]) == 64
+
+
+def test_saved_datasets_that_cannot_be_used(saved):
+    with pytest.raises(UserError, match="--files splits: no split 'val'; --split can be one of: train, test"):
+        find_files(["splits"], SUFFIXES, split="val")
+    with pytest.raises(UserError, match="--split test: --files has no folder of several splits"):
+        find_files(["plain"], SUFFIXES, split="test")
+    with pytest.raises(UserError, match=r"arrow: no column 'body'; --text_field can be one of: id, text"):
+        records(*find_files(["plain"], SUFFIXES), text_field="body")
+    file = Path("plain/data-00000-of-00002.arrow")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{file}: not a readable Arrow file"):
+        records(file)
+    file.unlink()
+    with pytest.raises(UserError, match=f"--files {file}: not a file"):
+        find_files(["plain"], SUFFIXES)
+    write("plain/state.json", "{}")
+    with pytest.raises(UserError, match=r"plain/state.json is corrupt: it does not list the files"):
+        find_files(["plain"], SUFFIXES)
+
+
 # ---- txt -------------------------------------------------------------------------------------------------------------
 
 SHORT = 8  # in place of DOCUMENT_CHARS, so that short texts have many documents
+
+
+def document_chars(n: int):
+    """Cut text files into documents of this length."""
+    return mock.patch.object(sources, "DOCUMENT_CHARS", (n, n))
 
 
 @settings(deadline=None, max_examples=150)
@@ -216,7 +312,7 @@ SHORT = 8  # in place of DOCUMENT_CHARS, so that short texts have many documents
 def test_txt_documents_joined_are_the_file(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("txt") / "a.txt"
     file.write_bytes(text.encode())
-    with mock.patch.object(sources, "DOCUMENT_CHARS", SHORT):
+    with document_chars(SHORT):
         pieces = [record["text"] for record in records(file)]
     assert "".join(pieces) == text
     assert all(0 < len(piece) < 5 * SHORT for piece in pieces)  # four times, and one line of at most one more
@@ -224,15 +320,30 @@ def test_txt_documents_joined_are_the_file(tmp_path_factory, text):
 
 
 def test_txt_is_split_at_blank_lines(folder):
-    paragraphs = [f"Paragraph {i}\n" + "words and words\n" * (DOCUMENT_CHARS // 32) + "\n" for i in range(8)]
-    pieces = [record["text"] for record in records(write("a.txt", "".join(paragraphs)))]
+    paragraphs = [f"Paragraph {i}\n" + "words and words\n" * 64 + "\n" for i in range(8)]
+    with document_chars(2048):
+        pieces = [record["text"] for record in records(write("a.txt", "".join(paragraphs)))]
     assert pieces == ["".join(paragraphs[i : i + 2]) for i in range(0, 8, 2)]
 
 
 def test_txt_of_one_long_line(folder):
     text = "no end " * 60_000
-    pieces = [record["text"] for record in records(write("a.txt", text))]
-    assert "".join(pieces) == text and max(map(len, pieces)) == 4 * DOCUMENT_CHARS
+    with document_chars(2048):
+        pieces = [record["text"] for record in records(write("a.txt", text))]
+    assert "".join(pieces) == text and max(map(len, pieces)) == 4 * 2048
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "shortest"), [(10_000, 1024), (200_000, 2000), (1_638_400, 16_384), (3_000_000, 16_384)]
+)
+def test_the_length_of_documents_depends_on_the_amount_of_text(folder, n_bytes, shortest):
+    """About a hundred documents of a small corpus: some of them serve for validation."""
+    paragraph = "Forty characters, of which one is a line.\n\n"
+    files = [write(f"{i}.txt", (paragraph * n_bytes)[: n_bytes // 2]) for i in range(2)]
+    lengths = [len(record["text"]) for record in records(files[0])]  # alone, half as much
+    both = [len(record["text"]) for record in records(*files)]
+    assert all(shortest <= length < shortest + 2 * len(paragraph) for length in [*both[: len(both) // 2 - 1]])
+    assert len(lengths) >= len(both) // 2
 
 
 def test_short_txt_files_are_one_document_each(folder):
@@ -253,13 +364,14 @@ LINES = "".join(json.dumps({"text": f"line {i} é👍 " + "word " * (i % 7)}) + 
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-@pytest.mark.parametrize("inner", [".txt", ".jsonl"])
+@pytest.mark.parametrize("inner", [".txt", ".jsonl", ".md", ".csv"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_compressed_file_has_the_same_records(folder, suffix, inner, parts):
     """With one or several members or frames, which may split a line or a character."""
-    size = -(-len(LINES) // parts)
-    pieces = [COMPRESS[suffix](LINES[i : i + size]) for i in range(0, len(LINES), size)]
-    compressed, plain = write(f"a{inner}{suffix}", b"".join(pieces)), write(f"a{inner}", LINES)
+    lines = b"text\n" * (inner == ".csv") + LINES
+    size = -(-len(lines) // parts)
+    pieces = [COMPRESS[suffix](lines[i : i + size]) for i in range(0, len(lines), size)]
+    compressed, plain = write(f"a{inner}{suffix}", b"".join(pieces)), write(f"a{inner}", lines)
     expected = [(location.replace(inner, inner + suffix), record) for location, record in read_files([plain])]
     assert len(pieces) == parts and list(read_files([compressed])) == expected
 
@@ -397,6 +509,22 @@ def test_a_source_resumes_at_a_position(tmp_path, n):
         assert list(itertools.islice(first.records(), n)) == whole[:n]
         position = json.loads(json.dumps(first.position))
         assert list(make().records(position)) == whole[n:]
+
+
+def test_a_second_pass_reads_the_same_revision_from_the_start():
+    """Also after a resume; a small corpus is read twice if its validation split came out too small."""
+    load = mock.Mock(side_effect=lambda *args, **options: datasets.IterableDataset.from_generator(rows))
+    with mock.patch("huggingface_hub.HfApi") as api, mock.patch("datasets.load_dataset", load):
+        api.return_value.dataset_info.side_effect = [SimpleNamespace(sha="c0ffee"), SimpleNamespace(sha="newer")]
+        first = HubSource("some/one", None)
+        whole = list(first.records())
+        position = json.loads(json.dumps(first.position))
+        assert list(first.records()) == whole and first.revision == "c0ffee"
+        api.return_value.dataset_info.side_effect = [SimpleNamespace(sha="c0ffee")]
+        resumed = HubSource("some/one", None)
+        assert list(resumed.records(position | {"row": 2400, "done": 400})) == whole[2400:]
+        assert list(resumed.records()) == whole
+    assert {call.kwargs["revision"] for call in load.call_args_list} == {"c0ffee"}
 
 
 def test_a_failed_stream_names_the_last_row():
