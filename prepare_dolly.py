@@ -11,19 +11,24 @@ The fields of a record determine its layout:
     {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}]}       OpenAI
     {"conversations": [{"from": "human", "value": "Hello!"}, {"from": "gpt", "value": "Hi."}]}           ShareGPT
     {"prompt": "Hello!", "completion": "Hi."}                              TRL; each may be a list of messages
+    {"question": "Who wrote it?", "answer": "Jane Austen."}                question and answer
+    {"prompt": "Who wrote it?", "response": "Jane Austen."}                prompt and response
 
-The loss covers all messages of the assistant; with prompt and completion, those of the completion only.
+The loss covers all messages of the assistant; with prompt and completion, those of the completion only. `--files` takes
+.jsonl, .json, .csv and .parquet files, and folders saved by datasets.save_to_disk.
 
 Writes `.npy` arrays and `meta.json` into `--out`, which `finetune.py` reads. Dolly-15k takes less than a minute.
 """
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +38,13 @@ import numpy as np
 from minigpt import cli, shards
 from minigpt.chat import encode_chat, to_messages
 from minigpt.cli import Progress, UserError
-from minigpt.shards import FORMAT_VERSIONS, SPLITS
-from minigpt.sources import FileSource, HubSource, SourceConfig, data_suffix, find_files
+from minigpt.files import read_json
+from minigpt.shards import FORMAT_VERSIONS, SPLITS, SplitChooser
+from minigpt.sources import FileSource, HubSource, SourceConfig, data_suffix, find_files, plural
 from minigpt.tokenizer import Tokenizer, load_tokenizer
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+RUNS = Path("runs")
 COUNTS = ("records", "truncated", "dropped", "skipped_empty")
 
 
@@ -48,8 +55,8 @@ class Config(SourceConfig):
     val_fraction: float = 0.02
     mix: tuple[str, ...] = ()
     """Weighted sources instead, SOURCE=WEIGHT: files, folders, or hub datasets as owner/name:config:split."""
-    block_size: int = 1024
-    """Maximum length of a conversation in tokens: the model's context."""
+    block_size: int | None = None
+    """Maximum length of a conversation in tokens; default: the context of the newest pretrained model under runs/."""
     preview: int | None = None
     """Print this number of conversations of each source with their loss mask, and write nothing."""
 
@@ -73,39 +80,42 @@ class Example(NamedTuple):
     loss_mask: list[bool]
 
 
-@dataclass
-class Split:
-    """One split while it is built: arrays of tokens and loss mask for each conversation."""
+class Conversation(NamedTuple):
+    """A conversation of the dataset, and how often the training split contains it."""
 
-    tokens: list[np.ndarray] = field(default_factory=list)
-    loss_mask: list[np.ndarray] = field(default_factory=list)
-    documents: set[bytes] = field(default_factory=set)  # of a mix's validation split, to exclude duplicates
+    source: Source
+    hash: float
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    times: int
 
 
 def main(config: Config) -> None:
     check_config(config)
-    tokenizer = load_tokenizer(config.tokenizer)
     sources = open_sources(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    run = find_pretrained_run(tokenizer.name, config.block_size or 1)
+    config = choose_block_size(config, run, tokenizer)
     if config.preview is not None:
         preview(config, sources, tokenizer)
         return
     meta = dataset_meta(config, tokenizer, sources)
     if shards.begin_dataset(config.out, meta) is None:
         print(f"{config.out} is already complete")
+        meta = shards.read_meta(config.out, "chat")
+        shards.open_arrays(config.out, meta)  # checks their lengths
+        print_summary(config, meta, run)
         return
-
-    splits, counts = {split: Split() for split in SPLITS}, dict.fromkeys(COUNTS, 0)
-    progress = Progress(None, "record")
-    for source in sources:
-        for example in read_examples(source, tokenizer, config.block_size, counts):
-            add_example(example, source, splits, config)
-            progress.update(counts["records"] - progress.done)
-    progress.close()
-    sizes = {name: len(split.tokens) for name, split in splits.items()}
-    shards.check_splits(sizes, "conversations", config.val_fraction, format_counts(counts, config))
-    written = {name: write_split(config.out, name, split) for name, split in splits.items()}
-    shards.finish_dataset(config.out, meta | written | counts)
-    print_summary(config, sources, written, counts)
+    try:
+        meta |= read_splits(config, sources, tokenizer)
+    except UserError:  # nothing is saved yet
+        shards.discard_dataset(config.out)
+        raise
+    shards.finish_dataset(config.out, meta)
+    for item, source in zip(config.mix, sources, strict=False):  # no lines without --mix
+        n_tokens = plural(source.loss_tokens, "token")
+        print(f"{item}: {plural(source.conversations, 'conversation')}, {n_tokens} in the loss")
+    print_summary(config, meta, run)
 
 
 def check_config(config: Config) -> None:
@@ -120,7 +130,7 @@ def open_sources(config: Config) -> list[Source]:
     if config.mix:
         return [parse_mix_item(item) for item in config.mix]
     if config.files:
-        return [Source(FileSource(find_files(config.files, SUFFIXES), text_field=None))]
+        return [Source(FileSource(find_files(config.files, SUFFIXES, split=config.split), text_field=None))]
     return [Source(HubSource(config.dataset, config.name, split=config.split))]
 
 
@@ -136,6 +146,32 @@ def parse_mix_item(item: str) -> Source:
     return Source(HubSource(hub_name[1], hub_name[2] or None, split=hub_name[3] or "train"), weight)
 
 
+def find_pretrained_run(tokenizer: str, block_size: int) -> tuple[Path, dict] | None:
+    """Return the newest run of pretrain.py under runs/ with this tokenizer, and its model's sizes.
+
+    Its context is at least `block_size`.
+    """
+    files = RUNS.glob("*/step_*/meta.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        with contextlib.suppress(UserError):  # corrupt
+            meta = read_json(file)
+            is_pretrained = meta.get("tokenizer") == tokenizer and "init" not in meta.get("identity", {})
+            if is_pretrained and meta["model"]["block_size"] >= block_size:
+                return file.parent.parent, meta["model"]
+    return None
+
+
+def choose_block_size(config: Config, run: tuple[Path, dict] | None, tokenizer: Tokenizer) -> Config:
+    """Return the flags with the context of the run as --block_size, unless it was given."""
+    if config.block_size is not None:
+        return config
+    block_size, reason = 1024, f"no run under {RUNS} has {tokenizer.name} tokens yet"
+    if run is not None:
+        block_size, reason = run[1]["block_size"], f"the context of {run[0]}"
+    print(f"--block_size {block_size}: {reason}")
+    return replace(config, block_size=block_size)
+
+
 def dataset_meta(config: Config, tokenizer: Tokenizer, sources: list[Source]) -> dict:
     """Return the metadata that is fixed before the work starts. The same metadata gives the same bytes."""
     parts = [source.data.metadata() for source in sources]
@@ -143,7 +179,7 @@ def dataset_meta(config: Config, tokenizer: Tokenizer, sources: list[Source]) ->
     return {
         "version": FORMAT_VERSIONS["chat"],
         "kind": "chat",
-        "tokenizer": config.tokenizer,
+        "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.chat_vocab_size,
         "source": {"mix": mix} if config.mix else parts[0],
         "block_size": config.block_size,
@@ -178,51 +214,113 @@ def read_examples(source: Source, tokenizer: Tokenizer, block_size: int, counts:
             yield Example(location, messages, tokens, loss_mask)
 
 
-def add_example(example: Example, source: Source, splits: dict[str, Split], config: Config) -> None:
-    """Add a conversation to its split repeated by the source's weight; once to a mix's validation split.
+def read_splits(config: Config, sources: list[Source], tokenizer: Tokenizer) -> dict:
+    """Read all conversations, write both splits and return their entries for meta.json."""
+    conversations: list[Conversation] = []
+    counts, chooser = dict.fromkeys(COUNTS, 0), SplitChooser(1)
+    progress = Progress(None, "record")
+    for source in sources:
+        for example in read_examples(source, tokenizer, config.block_size, counts):
+            conversation = make_conversation(example, source)
+            if conversation.times:
+                conversations.append(conversation)
+                chooser.add(conversation.hash, 1)
+            progress.update(counts["records"] - progress.done)
+    progress.close()
+    val_fraction = chooser.choose(config.val_fraction, "conversation", format_counts(counts, config.block_size))
+    splits = split_conversations(conversations, val_fraction, unique=bool(config.mix))
+    entries = {name: write_split(config.out, name, split) for name, split in splits.items()} | counts
+    return entries | ({"val_fraction_used": val_fraction} if val_fraction != config.val_fraction else {})
 
-    The conversation's hash decides whether a fractional weight includes it, so adding data never changes that.
+
+def make_conversation(example: Example, source: Source) -> Conversation:
+    """Return an example as arrays, with its hash.
+
+    The hash decides whether a fractional weight includes it, so adding data never changes that.
     """
     document = json.dumps(example.messages).encode()
-    times = int(source.weight) + shards.hash_selects(document, source.weight % 1, salt=b"mix")
-    split = splits["val" if shards.is_validation(document, config.val_fraction) else "train"]
-    if config.mix and split is splits["val"]:
-        times = min(times, 1) if document not in split.documents else 0
-        split.documents |= {document} if times else set()
-    split.tokens += [np.array(example.tokens, dtype=np.uint16)] * times
-    split.loss_mask += [np.array(example.loss_mask, dtype=bool)] * times
-    source.conversations += times
-    source.loss_tokens += times * sum(example.loss_mask)
+    times = int(source.weight) + (shards.hash_document(document, salt=b"mix") < source.weight % 1)
+    tokens, loss_mask = np.array(example.tokens, dtype=np.uint16), np.array(example.loss_mask, dtype=bool)
+    return Conversation(source, shards.hash_document(document), tokens, loss_mask, times)
 
 
-def write_split(folder: Path, name: str, split: Split) -> dict:
+def split_conversations(
+    conversations: list[Conversation], val_fraction: float, unique: bool
+) -> dict[str, list[Conversation]]:
+    """Return the conversations of each split, repeated by their sources' weights.
+
+    With `unique`, the validation split contains each once.
+    """
+    splits: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
+    seen: set[float] = set()
+    for conversation in conversations:
+        split, times = ("val" if conversation.hash < val_fraction else "train"), conversation.times
+        if unique and split == "val":
+            times = int(conversation.hash not in seen)
+            seen.add(conversation.hash)
+        splits[split] += [conversation] * times
+        conversation.source.conversations += times
+        conversation.source.loss_tokens += times * int(conversation.loss_mask.sum())
+    return splits
+
+
+def write_split(folder: Path, name: str, split: list[Conversation]) -> dict:
     """Write one split's three arrays; return its entry for meta.json."""
-    offsets = np.cumsum([0, *map(len, split.tokens)], dtype=np.int64)
-    tokens, loss_mask = np.concatenate(split.tokens), np.concatenate(split.loss_mask)
+    tokens = np.concatenate([conversation.tokens for conversation in split])
+    loss_mask = np.concatenate([conversation.loss_mask for conversation in split])
+    offsets = np.cumsum([0, *(len(conversation.tokens) for conversation in split)], dtype=np.int64)
     arrays = {"tokens": tokens, "loss_mask": loss_mask, "offsets": offsets}
     return {
-        "documents": len(split.tokens),
+        "documents": len(split),
         "tokens": len(tokens),
         "loss_tokens": int(loss_mask.sum()),
         "files": [shards.write_array(folder / f"{name}_{key}.npy", array) for key, array in arrays.items()],
     }
 
 
-def print_summary(config: Config, sources: list[Source], written: dict, counts: dict) -> None:
-    """Print the size of each source and split, and the next command."""
-    for item, source in zip(config.mix, sources, strict=False):  # no lines without --mix
-        print(f"{item}: {source.conversations:,} conversations, {source.loss_tokens:,} tokens in the loss")
-    for name, split in written.items():
-        in_loss = f"{split['loss_tokens']:,} of {split['tokens']:,} tokens in the loss"
-        print(f"{name}: {split['documents']:,} conversations, {in_loss}")
-    print(f"{config.out}: {format_counts(counts, config)}")
-    data, out = shlex.quote(str(config.out)), shlex.quote(f"runs/{config.out.name}")
-    print(f"next: python finetune.py{'' if config.out == Config.out else f' --init RUN --data {data} --out {out}'}")
+def print_summary(config: Config, meta: dict, run: tuple[Path, dict] | None) -> None:
+    """Print the size of each split and the next command."""
+    for split in SPLITS:
+        in_loss = f"{meta[split]['loss_tokens']:,} of {plural(meta[split]['tokens'], 'token')} in the loss"
+        print(f"{split}: {plural(meta[split]['documents'], 'conversation')}, {in_loss}")
+    if explanation := shards.explain_val_fraction(meta, "conversation"):
+        print(explanation)
+    print(f"{config.out}: {format_counts(meta, config.block_size)}")
+    if run is None:
+        tokenizer = "" if config.tokenizer == Config.tokenizer else f" --tokenizer {shlex.quote(config.tokenizer)}"
+        command = f"python {cli.script_path('prepare_fineweb.py')}{tokenizer}"
+        print(f"next: pretrain a model with this tokenizer first: {command}")
+        return
+    folder, model = run
+    command = f"python {cli.script_path('finetune.py')}"
+    command += "" if folder == RUNS / "gpt2" else f" --init {shlex.quote(str(folder))}"
+    if config.out != Config.out:
+        name = config.out.resolve().name
+        out = RUNS / (f"{name}_chat" if folder == RUNS / name else name)
+        command += f" --data {shlex.quote(str(config.out))} --out {shlex.quote(str(out))}"
+    on_gpu = shutil.which("nvidia-smi") is not None
+    flags = suggest_finetuning(meta["train"]["documents"], meta["train"]["tokens"], model, on_gpu)
+    print(f"next: {command} {flags}".rstrip())
 
 
-def format_counts(counts: dict, config: Config) -> str:
+def suggest_finetuning(n_conversations: int, n_tokens: int, model: dict, on_gpu: bool) -> str:
+    """Return flags of finetune.py that suit the training split, the model's sizes and the device; "" for its defaults.
+
+    Small batches and more epochs give a few conversations about 300 steps, but at most 30 epochs.
+    """
+    flags = []
+    if n_conversations < 2000 or not on_gpu:
+        batch_tokens = max(1, 4096 // model["block_size"]) * model["block_size"]
+        epochs = min(max(3, round(300 * batch_tokens / n_tokens)), 30)
+        flags += [f"--batch_tokens {batch_tokens}", f"--epochs {epochs}"]
+    if model["n_embd"] < 512:
+        flags += ["--lr 1e-3"]
+    return " ".join(flags)
+
+
+def format_counts(counts: dict, block_size: int) -> str:
     return (
-        f"{counts['records']:,} records, {counts['truncated']:,} truncated to {config.block_size:,} tokens,"
+        f"{plural(counts['records'], 'record')}, {counts['truncated']:,} truncated to {block_size:,} tokens,"
         f" {counts['dropped']:,} dropped (answer too long), {counts['skipped_empty']:,} skipped (empty answer)"
     )
 
@@ -239,7 +337,7 @@ def preview(config: Config, sources: list[Source], tokenizer: Tokenizer) -> None
             print(format_example(example, tokenizer, begin, end), end="\n\n")
         if counts["records"] == 0:
             raise UserError("no conversations: a source has no records")
-        print(format_counts(counts, config))
+        print(format_counts(counts, config.block_size))
     mark = "green" if in_color else "between « and »"
     print(f"preview: tokens in the loss are {mark}; {config.out} was not written")
 

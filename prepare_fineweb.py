@@ -2,27 +2,43 @@
 
     python prepare_fineweb.py                                       # FineWeb-Edu's 10-billion-token sample, streamed
     python prepare_fineweb.py --max_tokens 100_000_000              # a part of it
-    python prepare_fineweb.py --files books/ 'mine/*.txt' more.jsonl.gz --out data/mine --val_fraction 0.05
+    python prepare_fineweb.py --files books/ 'mine/*.txt' more.jsonl.gz --out data/mine
+    python prepare_fineweb.py --files reviews.csv --text_field review --out data/reviews
+    python prepare_fineweb.py --files project/ --text_suffixes .py .c --out data/code
 
-Writes `.npy` shards and `meta.json` into `--out`, which `pretrain.py` reads. FineWeb-Edu's 10 billion tokens take
-20 GB of disk and a few hours, most of it for the download. Memory use does not depend on the size of the corpus. If
-the script is interrupted, run the same command again to resume at the last finished shard.
+`--files` takes .txt, .md, .jsonl, .csv and .parquet files, and folders saved by datasets.save_to_disk. The shards and
+`meta.json` go into `--out`, which `pretrain.py` reads. FineWeb-Edu's 10 billion tokens take 20 GB of disk and a few
+hours, most of it for the download. Memory use does not depend on the size of the corpus. If the script is interrupted,
+run the same command again to resume at the last finished shard.
 """
 
 import math
 import shlex
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from minigpt import cli, shards
-from minigpt.cli import Progress
+from minigpt.cli import Progress, UserError
 from minigpt.prefetch import prefetch
-from minigpt.shards import FORMAT_VERSIONS, SPLITS, ShardWriter
-from minigpt.sources import FileSource, HubSource, SourceConfig, find_files, text_batches
-from minigpt.tokenizer import encode_utf8, load_tokenizer
+from minigpt.shards import FORMAT_VERSIONS, MIN_SPLIT_TOKENS, SPLITS, ShardWriter, SplitChooser
+from minigpt.sources import (
+    RECORD_SUFFIXES,
+    FileSource,
+    HubSource,
+    NetworkError,
+    SourceConfig,
+    find_files,
+    plural,
+    text_batches,
+)
+from minigpt.tokenizer import Tokenizer, encode_utf8, load_tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+SUFFIXES = (".txt", ".md", ".jsonl", ".csv", ".parquet")
+MIN_VAL_TOKENS = 1025  # for the validation split of a small corpus: a row of GPT-2's context and its targets
 
 
 @dataclass(frozen=True)
@@ -32,48 +48,56 @@ class Config(SourceConfig):
     val_fraction: float = 0.005
     text_field: str = "text"
     """The field or column with the text."""
+    text_suffixes: tuple[str, ...] = ()
+    """Suffixes of other files to read as text, such as .py .c"""
     shard_tokens: int = 100_000_000
     """Tokens per shard, two bytes each."""
     max_tokens: int | None = None
     """Stop after the document that reaches this number of tokens."""
 
 
+class SuggestedRun(NamedTuple):
+    """Flags of pretrain.py for a corpus of at least `min_tokens` tokens, with or without a GPU."""
+
+    on_gpu: bool
+    min_tokens: int
+    flags: str
+    block_size: int
+    batch_tokens: int
+    max_steps: float
+
+
+SUGGESTED_EPOCHS, MIN_STEPS = 8, 50
+SUGGESTED_RUNS = (  # the first that fits
+    SuggestedRun(True, 200_000_000, "--batch_tokens 131072", 1024, 131_072, math.inf),
+    SuggestedRun(True, 0, "--model small --batch_tokens 16384 --lr 1e-3", 256, 16_384, math.inf),
+    SuggestedRun(False, 0, "--model demo --batch_tokens 4096 --lr 4e-3", 256, 4096, 2500),
+)
+GPT2_TOKENS = 1_000_000_000  # from here on pretrain.py's defaults suit a GPU
+
+
 def main(config: Config) -> None:
     check_config(config)
-    tokenizer = load_tokenizer(config.tokenizer)
     source = open_source(config)
-    meta = dataset_meta(config, source)
+    tokenizer = load_tokenizer(config.tokenizer)
+    meta = dataset_meta(config, source, tokenizer)
     progress = shards.begin_dataset(config.out, meta)
     if progress is None:
         print(f"{config.out} is already complete")
+        meta = shards.read_meta(config.out, "text")
+        shards.open_arrays(config.out, meta)  # checks their lengths
+        print_summary(config, meta)
         return
-
-    started, n_empty = time.perf_counter(), progress.get("skipped_empty", 0)
-    writers = {split: ShardWriter(config.out, split, config.shard_tokens, progress.get(split)) for split in SPLITS}
-    initial = done = count_tokens(writers)
-    limit = config.max_tokens or math.inf
-    bar = Progress(config.max_tokens, "token", initial=initial)
-    for texts, position in prefetch(text_batches(source, progress.get("position"), config.text_field)):
-        documents = [text for text in texts if text.strip()]
-        n_empty += len(texts) - len(documents)
-        n_shards = sum(len(writer.shards) for writer in writers.values())
-        for text, tokens in zip(documents, tokenizer.encode_documents(documents), strict=True):
-            writers["val" if shards.is_validation(encode_utf8(text), config.val_fraction) else "train"].add(tokens)
-            if count_tokens(writers) >= limit:
-                break
-        done, previous = count_tokens(writers), done
-        bar.update(done - previous, f"{(done - initial) / (time.perf_counter() - started) / 1e6:.2f} M tokens/s")
-        if done >= limit:
-            break
-        if sum(len(writer.shards) for writer in writers.values()) > n_shards:
-            states = {split: writer.state_dict() for split, writer in writers.items()}
-            shards.save_progress(config.out, meta, states | {"position": position, "skipped_empty": n_empty})
-    bar.close()
-    sizes = {split: writer.documents for split, writer in writers.items()}
-    shards.check_splits(sizes, "documents", config.val_fraction, f"{n_empty} empty ones skipped")
-    splits = {split: writer.close() for split, writer in writers.items()}
-    shards.finish_dataset(config.out, meta | splits | {"skipped_empty": n_empty})
-    print_summary(config, splits, n_empty, time.perf_counter() - started)
+    started = time.perf_counter()
+    try:
+        meta |= write_splits(config, source, tokenizer, meta, progress)
+    except NetworkError:
+        raise
+    except UserError:  # would occur again
+        shards.discard_dataset(config.out)
+        raise
+    shards.finish_dataset(config.out, meta)
+    print_summary(config, meta, f", {time.perf_counter() - started:.0f} s")
 
 
 def check_config(config: Config) -> None:
@@ -81,23 +105,28 @@ def check_config(config: Config) -> None:
     config.check()
     cli.check_range("shard_tokens", config.shard_tokens, 1, 2**31)
     cli.check_range("max_tokens", config.max_tokens, 1)
+    for suffix in config.text_suffixes:
+        if not suffix.startswith(".") or suffix in RECORD_SUFFIXES:
+            rule = f"other than {', '.join(RECORD_SUFFIXES)}, which hold records"
+            raise UserError(f"--text_suffixes {suffix}: expected suffixes with their dot, as in .py, {rule}")
 
 
 def open_source(config: Config) -> FileSource | HubSource:
     """Return the local files, or the dataset on the hub."""
     if config.files:
-        return FileSource(find_files(config.files, (".txt", ".jsonl", ".parquet")), config.text_field)
+        files = find_files(config.files, (*SUFFIXES, *config.text_suffixes), split=config.split)
+        return FileSource(files, config.text_field)
     name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
     return HubSource(config.dataset, name, config.text_field, config.split)
 
 
-def dataset_meta(config: Config, source: FileSource | HubSource) -> dict:
+def dataset_meta(config: Config, source: FileSource | HubSource, tokenizer: Tokenizer) -> dict:
     """Return the metadata that is fixed before the work starts. The same metadata gives the same bytes."""
     return {
         "version": FORMAT_VERSIONS["text"],
         "kind": "text",
-        "tokenizer": config.tokenizer,
-        "vocab_size": load_tokenizer(config.tokenizer).vocab_size,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
         "source": source.metadata(),
         "text_field": config.text_field,
         "shard_tokens": config.shard_tokens,
@@ -106,18 +135,99 @@ def dataset_meta(config: Config, source: FileSource | HubSource) -> dict:
     }
 
 
+def write_splits(
+    config: Config, source: FileSource | HubSource, tokenizer: Tokenizer, meta: dict, progress: dict
+) -> dict:
+    """Write the shards of both splits and return their entries for meta.json.
+
+    If the validation split of a small corpus comes out too small, all is written again with a larger fraction.
+    Raises `UserError` for too little text, or text that cannot be used.
+    """
+    while True:
+        progress = {"val_fraction_used": config.val_fraction} | progress
+        val_fraction = progress["val_fraction_used"]
+        writers, chooser, n_empty = tokenize(config, source, tokenizer, meta, progress)
+        if writers["val"].tokens >= MIN_VAL_TOKENS and writers["train"].tokens:
+            break
+        skipped = f"{plural(n_empty, 'empty one')} skipped"
+        progress = {"val_fraction_used": chooser.choose(config.val_fraction, "document", skipped)}
+        if progress["val_fraction_used"] == val_fraction:
+            break
+        shards.save_progress(config.out, meta, progress)
+    for split, writer in writers.items():
+        if writer.tokens < MIN_SPLIT_TOKENS:
+            n_tokens = plural(writer.tokens, "token")
+            raise UserError(f"the {split} split has {n_tokens}, expected at least {MIN_SPLIT_TOKENS}: give more text")
+    entries = {split: writer.close() for split, writer in writers.items()} | {"skipped_empty": n_empty}
+    return entries | ({"val_fraction_used": val_fraction} if val_fraction != config.val_fraction else {})
+
+
+def tokenize(
+    config: Config, source: FileSource | HubSource, tokenizer: Tokenizer, meta: dict, progress: dict
+) -> tuple[dict[str, ShardWriter], SplitChooser, int]:
+    """Tokenise the source from the saved progress to its end; return also the number of empty documents."""
+    started, n_empty = time.perf_counter(), progress.get("skipped_empty", 0)
+    writers = {split: ShardWriter(config.out, split, config.shard_tokens, progress.get(split)) for split in SPLITS}
+    val_fraction, chooser = progress["val_fraction_used"], SplitChooser(MIN_VAL_TOKENS, progress.get("chooser"))
+    initial = done = count_tokens(writers)
+    limit = config.max_tokens or math.inf
+    bar = Progress(config.max_tokens, "token", initial=initial)
+    for texts, position in prefetch(text_batches(source, progress.get("position"), config.text_field)):
+        documents = [text for text in texts if text.strip()]
+        n_empty += len(texts) - len(documents)
+        n_shards = sum(len(writer.shards) for writer in writers.values())
+        for text, tokens in zip(documents, tokenizer.encode_documents(documents), strict=True):
+            document_hash = shards.hash_document(encode_utf8(text))
+            writers["val" if document_hash < val_fraction else "train"].add(tokens)
+            chooser.add(document_hash, len(tokens))
+            if count_tokens(writers) >= limit:
+                break
+        done, previous = count_tokens(writers), done
+        bar.update(done - previous, f"{(done - initial) / (time.perf_counter() - started) / 1e6:.2f} M tokens/s")
+        if done >= limit:
+            break
+        if sum(len(writer.shards) for writer in writers.values()) > n_shards:
+            states = {split: writer.state_dict() for split, writer in writers.items()}
+            states |= {"position": position, "skipped_empty": n_empty, "chooser": chooser.state_dict()}
+            shards.save_progress(config.out, meta, states | {"val_fraction_used": val_fraction})
+    bar.close()
+    return writers, chooser, n_empty
+
+
 def count_tokens(writers: dict[str, ShardWriter]) -> int:
     return sum(writer.tokens for writer in writers.values())
 
 
-def print_summary(config: Config, splits: dict, n_empty: int, seconds: float) -> None:
+def print_summary(config: Config, meta: dict, seconds: str = "") -> None:
     """Print the size of each split and the next command."""
-    for name, split in splits.items():
-        print(f"{name}: {split['tokens']:,} tokens in {split['documents']:,} documents, {len(split['files'])} shards")
-    n_tokens = sum(split["tokens"] for split in splits.values())
-    print(f"{config.out}: {n_tokens:,} tokens in total, {n_empty} empty documents skipped, {seconds:.0f} s")
-    flags = f" --data {shlex.quote(str(config.out))} --out {shlex.quote(f'runs/{config.out.name}')}"
-    print(f"next: python pretrain.py{'' if config.out == Config.out else flags}")
+    tokens = {split: meta[split]["tokens"] for split in SPLITS}
+    for split in SPLITS:
+        sizes = f"{plural(meta[split]['documents'], 'document')}, {plural(len(meta[split]['files']), 'shard')}"
+        print(f"{split}: {plural(tokens[split], 'token')} in {sizes}")
+    if explanation := shards.explain_val_fraction(meta, "document"):
+        print(explanation)
+    n_empty = plural(meta["skipped_empty"], "empty document")
+    print(f"{config.out}: {sum(tokens.values()):,} tokens in total, {n_empty} skipped{seconds}")
+    command = f"python {cli.script_path('pretrain.py')}"
+    if config.out == Config.out and sum(tokens.values()) >= GPT2_TOKENS:
+        print(f"next: {command}")
+    else:
+        paths = f"--data {shlex.quote(str(config.out))} --out {shlex.quote(f'runs/{config.out.resolve().name}')}"
+        flags = suggest_training(tokens["train"], tokens["val"], on_gpu=shutil.which("nvidia-smi") is not None)
+        print(f"next: {command} {paths} {flags}".rstrip())
+
+
+def suggest_training(n_tokens: int, n_val_tokens: int, on_gpu: bool) -> str:
+    """Return flags of pretrain.py that suit the sizes of the training and validation splits; "" for its defaults."""
+    if on_gpu and n_tokens >= GPT2_TOKENS:
+        return ""
+    run = next(run for run in SUGGESTED_RUNS if run.on_gpu == on_gpu and n_tokens >= run.min_tokens)
+    steps = max(MIN_STEPS, min(math.ceil(SUGGESTED_EPOCHS * n_tokens / run.batch_tokens), run.max_steps))
+    flags = f"{run.flags} --steps {steps}"
+    longest = min(n_tokens, n_val_tokens) - 1  # targets are one token ahead
+    if longest < run.block_size:
+        flags += f" --block_size {2 ** int(math.log2(longest))}"  # divides batch_tokens
+    return flags
 
 
 if __name__ == "__main__":

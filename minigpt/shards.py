@@ -10,28 +10,83 @@ latter is written last and makes the folder complete: contents, source, and the 
            and the same for val
 """
 
+import contextlib
 import hashlib
+import heapq
+import math
 from pathlib import Path
 
 import numpy as np
 
 from minigpt.cli import UserError
 from minigpt.files import atomic_rename, lock_folder, read_json, sha256, write_json
+from minigpt.sources import plural
 
 FORMAT_VERSIONS = {"text": 1, "chat": 2}
 SCRIPTS = {"text": "prepare_fineweb.py", "chat": "prepare_dolly.py"}
 SPLITS = ("train", "val")
+MIN_SPLIT_TOKENS = 17  # a row of 16 tokens and its targets
 PROGRESS_FILE = "incomplete.json"  # replaces meta.json while the folder is being written
 
 
-def is_validation(document: bytes, val_fraction: float) -> bool:
-    """Return whether a document belongs to the validation split. Adding data never moves it to the other split."""
-    return hash_selects(document, val_fraction)
+def hash_document(document: bytes, salt: bytes = b"") -> float:
+    """Return a number from 0 to 1 that depends on the document alone; each salt gives independent numbers.
+
+    Documents with a hash below `val_fraction` form the validation split, so adding data never moves a document.
+    """
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8, salt=salt).digest(), "big") / 2**64
 
 
-def hash_selects(document: bytes, fraction: float, salt: bytes = b"") -> bool:
-    """Return whether the document's hash selects it into a random fraction; each salt selects independently."""
-    return int.from_bytes(hashlib.blake2b(document, digest_size=8, salt=salt).digest(), "big") < fraction * 2**64
+class SplitChooser:
+    """Chooses the fraction of the documents that is used for validation.
+
+    That is the given one, unless a split would be empty or the validation split too small. Then the documents with the
+    lowest hashes form the validation split. Only these are kept.
+
+    Args:
+        size: required size of the validation split, in the unit of `add`; of a small corpus, a tenth is enough.
+        state: an earlier `state_dict()`, to resume.
+    """
+
+    def __init__(self, size: int, state: dict | None = None):
+        state = state or {"documents": 0, "total": 0, "highest": 0.0, "lowest": []}
+        self.size, self.documents, self.total, self.highest = size, state["documents"], state["total"], state["highest"]
+        self.lowest = [(negated, n) for negated, n in state["lowest"]]  # a heap of (-hash, size)
+        self.kept = sum(n for _, n in self.lowest)
+
+    def state_dict(self) -> dict:
+        """Return the state to resume from."""
+        return {name: getattr(self, name) for name in ("documents", "total", "highest", "lowest")}
+
+    def add(self, document_hash: float, size: int) -> None:
+        """Count a document."""
+        self.documents += 1
+        self.total += size
+        self.highest = max(self.highest, document_hash)
+        if self.kept < self.size or document_hash < -self.lowest[0][0]:
+            heapq.heappush(self.lowest, (-document_hash, size))
+            self.kept += size
+            while self.kept - self.lowest[0][1] >= self.size:
+                self.kept -= heapq.heappop(self.lowest)[1]
+
+    def choose(self, val_fraction: float, unit: str, skipped: str) -> float:
+        """Return the fraction to use: `val_fraction`, or another one if it leaves a split empty or too small.
+
+        Raises `UserError` if there are too few documents; `unit` and `skipped` describe them in the message.
+        """
+        if self.documents < 2:
+            n_documents = plural(self.documents, f"usable {unit}")
+            raise UserError(f"the source has {n_documents} ({skipped}), but each split needs one: give more data")
+        if -max(self.lowest)[0] == self.highest:
+            raise UserError(f"all {self.documents:,} {unit}s are equal, but each split needs its own: give more data")
+        target = min(self.size, max(self.total // 10, MIN_SPLIT_TOKENS))
+        selected, fraction = 0, 0.0
+        for negated, size in sorted(self.lowest, reverse=True):
+            if selected >= target or (selected and selected + size > self.total / 2):
+                break
+            selected += size
+            fraction = math.nextafter(-negated, 1)
+        return min(max(val_fraction, fraction), self.highest)
 
 
 def begin_dataset(folder: Path, meta: dict) -> dict | None:
@@ -78,21 +133,24 @@ def finish_dataset(folder: Path, meta: dict) -> None:
     remove_arrays(folder, keep=meta)
 
 
-def check_splits(sizes: dict[str, int], unit: str, val_fraction: float, skipped: str) -> None:
-    """Raise `UserError` if a split is empty; `sizes` counts the documents or conversations of each.
+def discard_dataset(folder: Path) -> None:
+    """Delete an incomplete dataset that running the script again would not complete."""
+    remove_arrays(folder, keep={})
+    for name in (PROGRESS_FILE, ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a mount point, or a symbolic link
+        folder.rmdir()
 
-    `skipped` says in the error how many records were skipped.
-    """
-    total = sum(sizes.values())
-    if total < 2:
-        raise UserError(f"the source has {total} usable {unit} ({skipped}), but each split needs one: give more data")
-    for split, size in sizes.items():
-        if size == 0:
-            direction = "larger" if split == "val" else "smaller"
-            raise UserError(
-                f"none of the {total} {unit} fell into the {split} split at --val_fraction {val_fraction}: use a"
-                f" {direction} one, or give more {unit}"
-            )
+
+def explain_val_fraction(meta: dict, unit: str) -> str | None:
+    """Return a line about the documents used for validation if --val_fraction did not decide; else None."""
+    given, used = meta["val_fraction"], meta.get("val_fraction_used", meta["val_fraction"])
+    if used == given:
+        return None
+    n_documents = meta["val"]["documents"]
+    lowest = f"{plural(n_documents, unit)} with the lowest hash{'es' * (n_documents > 1)}"
+    reason = f"too few fell below --val_fraction {given}" if used > given else f"all fell below --val_fraction {given}"
+    return f"validation: the {lowest}, because {reason}"
 
 
 def remove_arrays(folder: Path, keep: dict) -> None:

@@ -1,17 +1,21 @@
 """prepare_dolly.py as a subprocess: instructions and conversations in, tokens and loss mask out."""
 
+import csv
 import gzip
 import hashlib
 import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
+import datasets
 import hub
 import numpy as np
 import pyarrow
@@ -19,9 +23,13 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, error_of
 
+import prepare_dolly
+from minigpt import chat, shards
 from minigpt.chat import encode_chat
+from minigpt.cli import UserError
 from minigpt.shards import PROGRESS_FILE
 from minigpt.tokenizer import load_tokenizer
+from prepare_dolly import Config, suggest_finetuning
 
 SCRIPT = "prepare_dolly.py"
 SPLITS = ("train", "val")
@@ -246,7 +254,7 @@ def test_all_conversations_are_read_back_and_described_in_meta_json(prepare, tmp
         assert f"{split}: {len(both)} conversations, {in_loss}\n" in done.stdout
         for tokens, _ in both:  # text that looks like a special token stays text
             assert [token for token in tokens if token >= BYTES.end_of_text] == [256, 258, 260, 259, 260]
-    assert "next: python finetune.py --init RUN --data out --out runs/out\n" in done.stdout and done.stderr == ""
+    assert done.stderr == ""
 
 
 def test_gpt2_tokens(prepare, tmp_path, gpt2_tokenizer):
@@ -260,7 +268,7 @@ def test_the_same_input_gives_the_same_bytes_and_a_second_run_changes_nothing(pr
     prepare([], out="one")
     prepare([])
     assert contents(tmp_path / "one") == contents(tmp_path / "out")
-    assert prepare([]).stdout == "out is already complete\n"
+    assert "out is already complete\n" in prepare([]).stdout
     assert contents(tmp_path / "one") == contents(tmp_path / "out")
 
 
@@ -383,7 +391,7 @@ def test_weight_one_equals_no_mix(mix, run_script, tmp_path):
     run_script(SCRIPT, "--files", "a.jsonl", "--tokenizer", "bytes", "--val_fraction", 0.2, "--out", "plain")
     for split in SPLITS:
         assert encoded(tmp_path / "out", split) == encoded(tmp_path / "plain", split)
-    assert mix("a.jsonl=1").stdout == "out is already complete\n"
+    assert "out is already complete\n" in mix("a.jsonl=1").stdout
     assert "out already holds another dataset (the source differs)" in error_of(mix("a.jsonl=2", expect=2))
 
 
@@ -473,7 +481,7 @@ def test_preview_prints_truncated_conversations(prepare):
     """A character may be cut in the middle."""
     done = prepare([{"prompt": "ä" * 60, "completion": "Yes."}], preview=1, block_size=64)
     assert f"<|user|>{'ä' * 27}\\xc3<|end|><|assistant|>«Yes.<|end|>»\n" in done.stdout
-    assert "\n1 records, 1 truncated to 64 tokens" in done.stdout
+    assert "\n1 record, 1 truncated to 64 tokens" in done.stdout
 
 
 def test_preview_of_a_mix_prints_every_source(mix):
@@ -509,14 +517,14 @@ NO_ANSWER = "the conversation has no message of the assistant"
         ({"messages": [FINE, {"role": "tool", "content": "5"}]}, ", message 2 of messages: role 'tool'; expected one"),
         ({"conversations": [{"from": "human"}]}, ", message 1 of conversations: the content of a message must be text"),
         ({"prompt": "Who?", "completion": 5}, ": completion must be a list of messages"),
-        ({"prompt": "Who?", "response": "Jane."}, ": unknown layout: its fields are prompt, response; supported are"),
+        ({"text": "Who?", "label": "Jane."}, ": unknown layout: its fields are text, label; supported are"),
         ({"instruction": "Who?", "answer": "Jane."}, ": no text in field 'response' or 'output'; the record has: inst"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named(prepare, tmp_path, record, message):
     """test_chat_format.py has the other layout errors."""
     assert error_of(prepare([RECORDS[0], record], expect=2)).startswith(f"chat.jsonl line 2{message}")
-    assert not (tmp_path / "out" / "meta.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -525,18 +533,19 @@ def test_a_record_that_cannot_be_used_is_named(prepare, tmp_path, record, messag
         ([], r"the source has 0 usable conversations \(0 records, .*\), but each split needs one"),
         (
             [{"instruction": "", "response": ""}],
-            r"the source has 0 usable .*\(1 records, .* 1 skipped \(empty answer\)\)",
+            r"the source has 0 usable .*\(1 record, .* 1 skipped \(empty answer\)\)",
         ),
         (
             [{"instruction": "Who?", "response": "y" * 2000}],
-            r"the source has 0 usable .*\(1 records, .* 1 dropped \(answer too long",
+            r"the source has 0 usable .*\(1 record, .* 1 dropped \(answer too long",
         ),
-        (RECORDS[:1], r"the source has 1 usable conversations \(1 records, "),
-        (RECORDS[:2], "none of the 2 conversations fell into the val split at --val_fraction 0.2: use a larger one"),
+        (RECORDS[:1], r"the source has 1 usable conversation \(1 record, "),
+        (RECORDS[:1] * 2, "all 2 conversations are equal, but each split needs its own: give more data"),
     ],
 )
-def test_a_source_with_too_little(prepare, records, message):
+def test_a_source_with_too_little(prepare, tmp_path, records, message):
     assert re.match(message, error_of(prepare(records, filling=False, expect=2)))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -545,7 +554,11 @@ def test_a_source_with_too_little(prepare, records, message):
         ({"val_fraction": 0}, "--val_fraction is 0.0: it must be above 0 and at most 0.5"),
         ({"val_fraction": "nan"}, "--val_fraction is nan: it must be above 0 and at most 0.5"),
         ({"preview": 0}, "--preview is 0: it must be at least 1"),
-        ({"split": "test"}, "--files, --mix and --dataset with --name and --split cannot be combined"),
+        ({"split": "test"}, "--split test: --files has no folder of several splits saved by datasets.save_to_disk"),
+        (
+            {"files": None, "split": "test", "mix": "chat.jsonl=1"},
+            "--files, --mix and --dataset with --name and --split",
+        ),
         ({"block_size": 15}, "--block_size is 15: it must be at least 16"),
         ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3'"),
         ({"files": "text.txt"}, "--files text.txt: no such file"),
@@ -579,3 +592,121 @@ def test_a_message_after_the_last_answer_is_dropped(prepare, tmp_path):
     turns = [("user", "Who?"), ("assistant", "Jane."), ("user", "Thanks! " * 20)]
     prepare([{"messages": [{"role": role, "content": content} for role, content in turns]}], block_size=100)
     assert "<|endoftext|><|user|>Who?<|end|><|assistant|>{Jane.<|end|>}" in conversations(tmp_path / "out")
+
+
+# ---- in this process: small sources, runs, file formats --------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Run the script in this process, without a GPU, on files in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT])
+    monkeypatch.setattr(shards, "lock_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+    def run(*files: str, **flags) -> None:
+        flags = {"tokenizer": "bytes", "out": "out"} | flags
+        prepare_dolly.main(Config(files=files, **flags | {"out": Path(flags["out"])}))
+
+    return run
+
+
+def test_of_a_few_conversations_the_one_with_the_lowest_hash_is_for_validation(here, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", RECORDS[:5])
+    here("a.jsonl", val_fraction=0.001)
+    (validation,) = encoded(tmp_path / "out", "val")
+    question = {record["instruction"]: record for record in RECORDS[:5]}
+    messages = {text: chat.to_messages("", record)[0] for text, record in question.items()}
+    hashes = {text: shards.hash_document(json.dumps(value).encode()) for text, value in messages.items()}
+    assert min(hashes, key=hashes.get) in format_marked(*validation)
+    assert len(encoded(tmp_path / "out", "train")) == 4
+    assert meta(tmp_path / "out")["val_fraction"] == 0.001 and meta(tmp_path / "out")["val_fraction_used"] > 0.001
+    printed = capsys.readouterr().out
+    assert "val: 1 conversation, " in printed
+    assert "the 1 conversation with the lowest hash, because too few fell below --val_fraction 0.001\n" in printed
+
+
+def test_csv_and_saved_datasets(here, tmp_path):
+    """Of several splits, --split selects one."""
+    rows = [{"question": f"What is {i},\nplus 1?", "answer": f'It is "{i + 1}".'} for i in range(30)]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    whole, other = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows[:1])
+    datasets.DatasetDict({"train": other, "test": whole}).save_to_disk("saved")
+    for name, flags in {"a.jsonl": {}, "a.csv": {}, "saved": {"split": "test"}}.items():
+        here(name, **flags, out=f"{name}.out")
+    plain, *others = (conversations(tmp_path / f"{name}.out") for name in ("a.jsonl", "a.csv", "saved"))
+    assert len(plain) == 30 and others == [plain, plain]
+
+
+def make_run(name: str, age: int, tokenizer: str = "bytes", init: bool = False, **sizes: int) -> None:
+    """Write the metadata of a run's checkpoint."""
+    file = Path("runs", name, "step_000010", "meta.json")
+    file.parent.mkdir(parents=True)
+    identity = {"lr": 1} | ({"init": "x"} if init else {})
+    model = {"block_size": 1024, "n_embd": 768} | sizes
+    file.write_text(json.dumps({"tokenizer": tokenizer, "identity": identity, "model": model}))
+    os.utime(file, (2_000_000_000 - age,) * 2)
+
+
+def test_the_newest_pretrained_run_gives_the_context_and_the_next_command(here, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    here("a.jsonl", out="data/new")
+    printed = capsys.readouterr().out
+    assert printed.startswith("--block_size 1024: no run under runs has bytes tokens yet\n")
+    first = "next: pretrain a model with this tokenizer first: python prepare_fineweb.py --tokenizer bytes\n"
+    assert printed.endswith(first)
+    make_run("finetuned", age=1, init=True)
+    make_run("gpt2-tokens", age=2, tokenizer="gpt2")
+    make_run("corrupt", age=3)
+    Path("runs/corrupt/step_000010/meta.json").write_text("{")
+    make_run("small one", age=4, block_size=256, n_embd=128)
+    make_run("gpt2", age=5)
+    here("a.jsonl", out="data/mine")
+    printed = capsys.readouterr().out
+    assert printed.startswith("--block_size 256: the context of runs/small one\n")
+    assert meta(tmp_path / "data/mine")["block_size"] == 256
+    command = "next: python finetune.py --init 'runs/small one' --data data/mine --out runs/mine"
+    assert printed.endswith(f"{command} --batch_tokens 4096 --epochs 30 --lr 1e-3\n")
+    here("a.jsonl", out="data/gpt2", block_size=1024)  # too long for the newest
+    printed = capsys.readouterr().out
+    assert not printed.startswith("--block_size")
+    command = "next: python finetune.py --data data/gpt2 --out runs/gpt2_chat"
+    assert printed.endswith(f"{command} --batch_tokens 4096 --epochs 30\n")
+    here("a.jsonl", out="data/dolly", block_size=1024)
+    assert capsys.readouterr().out.endswith("next: python finetune.py --batch_tokens 4096 --epochs 30\n")
+    here("a.jsonl", out="data/dolly", block_size=1024)
+    printed = capsys.readouterr().out
+    assert printed.startswith("data/dolly is already complete\ntrain: ")
+    assert printed.endswith("next: python finetune.py --batch_tokens 4096 --epochs 30\n")
+    (tmp_path / "data" / "dolly" / "val_tokens.npy").unlink()
+    with pytest.raises(UserError, match=r"val_tokens\.npy is missing: delete data/dolly and prepare it again"):
+        here("a.jsonl", out="data/dolly", block_size=1024)
+
+
+GPT2, DEMO = {"block_size": 1024, "n_embd": 768}, {"block_size": 96, "n_embd": 128}
+
+
+@pytest.mark.parametrize(
+    ("n_conversations", "n_tokens", "model", "on_gpu", "flags"),
+    [
+        (14_700, 3_000_000, GPT2, True, ""),
+        (14_700, 3_000_000, DEMO, True, "--lr 1e-3"),
+        (14_700, 3_000_000, DEMO, False, "--batch_tokens 4032 --epochs 3 --lr 1e-3"),
+        (1_960, 120_000, GPT2, True, "--batch_tokens 4096 --epochs 10"),
+        (196, 12_000, GPT2, True, "--batch_tokens 4096 --epochs 30"),
+        (196, 12_000, GPT2 | {"block_size": 8192}, True, "--batch_tokens 8192 --epochs 30"),
+    ],
+)
+def test_suggested_flags_fit_the_conversations_and_the_device(n_conversations, n_tokens, model, on_gpu, flags):
+    assert suggest_finetuning(n_conversations, n_tokens, model, on_gpu) == flags
+
+
+def test_files_are_checked_before_the_vocabulary_is_downloaded(here, monkeypatch):
+    monkeypatch.setattr(prepare_dolly, "load_tokenizer", mock.Mock(side_effect=UserError("no network")))
+    with pytest.raises(UserError, match=r"--files a\.jsonl: no such file in /"):
+        here("a.jsonl", tokenizer="gpt2")

@@ -4,17 +4,29 @@ import gzip
 import hashlib
 import json
 import re
+import shlex
+import shutil
+import sys
 from pathlib import Path
+from unittest import mock
 
 import hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import error_of
+import tyro
+from conftest import ROOT, error_of
 
-from minigpt.shards import PROGRESS_FILE, is_validation
+import prepare_fineweb
+import pretrain
+from minigpt import files, shards, sources
+from minigpt.cli import UserError
+from minigpt.dataset import TokenDataset
+from minigpt.shards import PROGRESS_FILE, hash_document
+from minigpt.sources import FileSource, NetworkError
 from minigpt.tokenizer import load_tokenizer
+from prepare_fineweb import Config, suggest_training
 
 SCRIPT = "prepare_fineweb.py"
 SPLITS = ("train", "val")
@@ -57,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def expected_splits(texts: list[str], fraction: float) -> dict[str, list[str]]:
-    in_val = [is_validation(text.encode(), fraction) for text in texts]
+    in_val = [hash_document(text.encode()) < fraction for text in texts]
     return {split: [t for t, val in zip(texts, in_val, strict=True) if val == (split == "val")] for split in SPLITS}
 
 
@@ -76,7 +88,8 @@ def test_files_of_all_formats_are_read_back_as_documents(prepare, tmp_path):
     assert (meta["kind"], meta["tokenizer"], meta["vocab_size"], meta["skipped_empty"]) == ("text", "bytes", 257, 0)
     assert [source["file"] for source in meta["source"]["files"]] == ["a.txt", "texts.jsonl", "c.parquet"]
     assert f"train: {meta['train']['tokens']:,} tokens in {len(expected['train'])} documents" in done.stdout
-    assert "next: python pretrain.py --data out --out runs/out" in done.stdout and done.stderr == ""
+    command = f"next: python {ROOT}/pretrain.py --data out --out runs/out --model "
+    assert command in done.stdout and done.stderr == ""
 
 
 def test_gpt2_tokens_are_those_of_the_documents(prepare, tmp_path, gpt2_tokenizer):
@@ -94,17 +107,19 @@ def test_the_same_input_gives_the_same_bytes(prepare, tmp_path):
 
 def test_prepared_folders_stay_valid(prepare, tmp_path):
     """The same bytes as earlier versions, meta.json included: a change would make everyone prepare their data again."""
-    (tmp_path / "a.txt").write_text("A text\n\nof two paragraphs.\n" * 2000)
-    prepare("a.txt", "texts.jsonl", shard_tokens=700)
+    (tmp_path / "a.txt").write_text("".join(f"Paragraph {i} says {i * i}.\n\n" for i in range(60_000)))
+    prepare("a.txt", "texts.jsonl", shard_tokens=150_000)
     whole = b"".join(data for name, data in sorted(contents(tmp_path / "out").items()) if name != ".lock")
-    assert hashlib.sha256(whole).hexdigest() == "b5d96e8f6142d41485e3d9cb24e0c9097fe26d29d1a0fad5be356f97364aacd4"
+    assert hashlib.sha256(whole).hexdigest() == "8a03bd219157a38fe73c384001d6304b933d6128f1f4ea3678f58dff9d1489c7"
 
 
 def test_running_again_changes_nothing(prepare, tmp_path):
-    prepare()
+    done = prepare()
     before = contents(tmp_path / "out")
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-    assert prepare().stdout == "out is already complete\n"
+    again = prepare().stdout.splitlines()
+    assert again[0] == "out is already complete"
+    assert again[1:3] == done.stdout.splitlines()[:2] and again[-1] == done.stdout.splitlines()[-1]
     assert contents(tmp_path / "out") == before
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
 
@@ -165,7 +180,7 @@ def test_a_folder_with_compressed_files(prepare, tmp_path):
     lines = [(json.dumps({"text": text}) + "\n").encode() for text in TEXTS]
     (tmp_path / "books" / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:9])) + gzip.compress(lines[9]))
     (tmp_path / "books" / "more" / "b.jsonl.zst").write_bytes(pyarrow.compress(b"".join(lines[10:]), "zstd", True))
-    (tmp_path / "books" / "notes.md").write_text("not text data")
+    (tmp_path / "books" / "notes.rst").write_text("not text data")
     for out in ("one", "two"):
         assert prepare("books/", out=out).stdout.startswith("books: 2 files\n")
     assert documents(tmp_path / "one") == expected_splits(TEXTS, 0.2)
@@ -203,6 +218,84 @@ def test_another_text_field(prepare, tmp_path):
     assert documents(tmp_path / "out") == expected_splits(TEXTS, 0.2)
 
 
+# ---- small corpora ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Run the script in this process, without a GPU, on files in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT])
+    monkeypatch.setattr(shards, "lock_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+    def run(*files: str, **flags) -> None:
+        flags = {"tokenizer": "bytes", "out": "out"} | flags
+        prepare_fineweb.main(Config(files=files, **flags | {"out": Path(flags["out"])}))
+
+    return run
+
+
+def paragraphs(n_chars: int) -> str:
+    return "".join(f"Paragraph {i} says that {i} squared is {i * i}.\n\n" for i in range(n_chars // 50))
+
+
+@pytest.mark.parametrize(("n_chars", "least"), [(4_000, 300), (20_000, 1025), (1_100_000, 1025)])
+def test_a_small_text_file_has_a_validation_split(here, tmp_path, capsys, n_chars, least):
+    """The documents with the lowest hashes are its validation split."""
+    (tmp_path / "a.txt").write_text(paragraphs(n_chars))
+    here("a.txt", val_fraction=1e-9)
+    found, meta = documents(tmp_path / "out"), json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert sorted("".join(found["train"] + found["val"])) == sorted(paragraphs(n_chars))
+    hashes = {split: [hash_document(text.encode()) for text in found[split]] for split in SPLITS}
+    assert max(hashes["val"]) < meta["val_fraction_used"] <= min(hashes["train"])
+    assert least <= meta["val"]["tokens"] < meta["train"]["tokens"] and meta["val_fraction"] == 1e-9
+    n = meta["val"]["documents"]
+    lowest = "1 document with the lowest hash" if n == 1 else f"{n} documents with the lowest hashes"
+    expected = f"validation: the {lowest}, because too few fell below --val_fraction 1e-09\n"
+    assert expected in capsys.readouterr().out
+    here("a.txt", val_fraction=1e-9)
+    again = capsys.readouterr().out
+    assert again.startswith("out is already complete\n") and expected in again
+
+
+def test_one_document_is_left_for_training(here, tmp_path, capsys):
+    texts = [text for text in TEXTS if hash_document(text.encode()) < 0.5]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    here("a.jsonl", val_fraction=0.5)
+    assert documents(tmp_path / "out")["train"] == [max(texts, key=lambda text: hash_document(text.encode()))]
+    assert "with the lowest hashes, because all fell below --val_fraction 0.5\n" in capsys.readouterr().out
+
+
+def test_an_interrupted_second_pass_writes_the_same_bytes(here, tmp_path, monkeypatch):
+    """Interrupted after each save of the progress, in both passes."""
+    write_jsonl(tmp_path / "a.jsonl", [f"Document {i} " + "of words " * (i % 9) for i in range(300)])
+    monkeypatch.setattr(sources, "BATCH_CHARS", 2000)
+    monkeypatch.setattr(files, "fsync", lambda path: None)  # slow
+    save_progress, saved = shards.save_progress, []
+
+    def interrupt(folder, meta, progress):
+        save_progress(folder, meta, progress)
+        saved.append(progress)
+        if len(saved) == interrupt_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "save_progress", interrupt)
+    interrupt_at = 0
+    flags = {"val_fraction": 0.002, "shard_tokens": 3000}
+    here("a.jsonl", **flags, out="whole")
+    fractions = [progress.get("val_fraction_used") for progress in saved]
+    second_pass = json.loads((tmp_path / "whole" / "meta.json").read_text())["val_fraction_used"]
+    assert set(fractions) == {None, 0.002, second_pass} and fractions.count(second_pass) > 3 and len(fractions) > 8
+    for interrupt_at in range(1, len(fractions) + 1):
+        saved.clear()
+        with pytest.raises(KeyboardInterrupt):
+            here("a.jsonl", **flags, out=f"out{interrupt_at}")
+        interrupt_at, out = 0, f"out{interrupt_at}"
+        here("a.jsonl", **flags, out=out)
+        assert contents(tmp_path / out) == contents(tmp_path / "whole")
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,15 +313,20 @@ def test_another_text_field(prepare, tmp_path):
         ),
         (
             '{"text": "just one"}\n',
-            r"the source has 1 usable documents \(0 empty ones skipped\), but each split needs one",
+            r"the source has 1 usable document \(0 empty ones skipped\), but each split needs one",
+        ),
+        ('{"text": "one"}\n' * 3, "all 3 documents are equal, but each split needs its own: give more data"),
+        (
+            '{"text": "a text"}\n{"text": "another"}\n',
+            "the train split has 8 tokens, expected at least 17: give more text",
         ),
     ],
 )
 def test_a_source_that_cannot_be_used(prepare, tmp_path, lines, message):
     (tmp_path / "bad.jsonl").write_text(lines)
     assert re.match(message, error_of(prepare("bad.jsonl", expect=2)))
-    assert not (tmp_path / "out" / "meta.json").exists()
-    prepare()  # the right file can use the same folder
+    assert not (tmp_path / "out").exists()
+    prepare()
     assert documents(tmp_path / "out") == expected_splits(TEXTS, 0.2)
 
 
@@ -240,7 +338,16 @@ def test_a_source_that_cannot_be_used(prepare, tmp_path, lines, message):
         ({"val_fraction": "nan"}, "--val_fraction is nan: it must be"),
         ({"shard_tokens": 0}, "--shard_tokens is 0: it must be at least 1"),
         ({"max_tokens": 0}, "--max_tokens is 0: it must be at least 1"),
-        ({"split": "test"}, "--files and --dataset with --name and --split cannot be combined: give one of them"),
+        ({"split": "test"}, "--split test: --files has no folder of several splits saved by datasets.save_to_disk"),
+        (
+            {"dataset": "some/texts"},
+            "--files and --dataset with --name and --split cannot be combined: give one of them",
+        ),
+        (
+            {"text_suffixes": ".csv"},
+            "--text_suffixes .csv: expected suffixes with their dot, as in .py, other than .jsonl",
+        ),
+        ({"text_suffixes": "py"}, "--text_suffixes py: expected suffixes with their dot, as in .py"),
         ({"tokenizer": "gpt3"}, "there is no tokenizer 'gpt3': choose one of gpt2, bytes"),
     ],
 )
@@ -251,8 +358,47 @@ def test_a_value_that_cannot_be_used(prepare, tmp_path, flags, message):
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "*.parquet"])
 def test_missing_files(prepare, tmp_path, name):
-    assert error_of(prepare(name, expect=2)) == f"--files {name}: no such file"
+    assert error_of(prepare(name, expect=2)) == f"--files {name}: no such file in {tmp_path}"
     assert not (tmp_path / "out").exists()
+
+
+def test_files_are_checked_before_the_vocabulary_is_downloaded(here, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "load_tokenizer", mock.Mock(side_effect=UserError("no network")))
+    with pytest.raises(UserError, match=r"--files books/a\.txt: no such file in /"):
+        here("books/a.txt", tokenizer="gpt2")
+
+
+def test_finished_shards_survive_a_network_error_but_not_unusable_data(here, tmp_path, monkeypatch):
+    class FailingSource(FileSource):
+        def records(self, position=None):
+            for number, record in enumerate(super().records(position)):
+                if number == 30:
+                    raise error
+                yield record
+
+    write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    flags = {"val_fraction": 0.2, "shard_tokens": 500}
+    monkeypatch.setattr(sources, "BATCH_CHARS", 500)
+    here("texts.jsonl", **flags, out="whole")
+    monkeypatch.setattr(prepare_fineweb, "FileSource", FailingSource)
+    error = UserError("row 31 is unusable")
+    with pytest.raises(UserError, match="unusable"):
+        here("texts.jsonl", **flags)
+    assert not (tmp_path / "out").exists()
+    error = NetworkError("reset by peer; run the same command again to resume")
+    with pytest.raises(UserError, match="reset by peer"):
+        here("texts.jsonl", **flags)
+    assert len(list((tmp_path / "out").glob("train_*.npy"))) > 1 and (tmp_path / "out" / PROGRESS_FILE).exists()
+    here("texts.jsonl", **flags)  # resumes fewer than 30 records before the end
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_complete_dataset_without_an_array_is_not_complete(here, tmp_path):
+    write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    here("texts.jsonl")
+    (tmp_path / "out" / "val_000000.npy").unlink()
+    with pytest.raises(UserError, match=r"val_000000\.npy is missing: delete out and prepare it again"):
+        here("texts.jsonl")
 
 
 def test_another_dataset_in_the_folder_is_kept(prepare, tmp_path):
@@ -273,3 +419,64 @@ def test_other_files_in_the_folder_are_kept(prepare, tmp_path):
 
 def test_a_folder_that_cannot_be_created(prepare):
     assert error_of(prepare(out="texts.jsonl/deeper", expect=2)).startswith("texts.jsonl/deeper: Not a directory")
+
+
+# ---- the next command ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_val_tokens", "on_gpu", "flags"),
+    [
+        (10_000_000_000, 50_000_000, True, ""),
+        (1_000_000_000, 5_000_000, True, ""),
+        (999_999_999, 5_000_000, True, "--batch_tokens 131072 --steps 61036"),
+        (199_999_999, 1_000_000, True, "--model small --batch_tokens 16384 --lr 1e-3 --steps 97657"),
+        (250_000, 2_750, True, "--model small --batch_tokens 16384 --lr 1e-3 --steps 123"),
+        (10_000_000_000, 50_000_000, False, "--model demo --batch_tokens 4096 --lr 4e-3 --steps 2500"),
+        (250_000, 2_750, False, "--model demo --batch_tokens 4096 --lr 4e-3 --steps 489"),
+        (3_000, 257, False, "--model demo --batch_tokens 4096 --lr 4e-3 --steps 50"),
+        (3_000, 256, False, "--model demo --batch_tokens 4096 --lr 4e-3 --steps 50 --block_size 128"),
+        (3_000, 17, False, "--model demo --batch_tokens 4096 --lr 4e-3 --steps 50 --block_size 16"),
+        (100, 257, False, "--model demo --batch_tokens 4096 --lr 4e-3 --steps 50 --block_size 64"),
+    ],
+)
+def test_suggested_flags_fit_the_corpus_and_the_device(n_tokens, n_val_tokens, on_gpu, flags):
+    assert suggest_training(n_tokens, n_val_tokens, on_gpu) == flags
+
+
+def test_the_next_command_can_be_pasted(here, tmp_path, capsys, monkeypatch):
+    """From a folder other than the script's, with a space in the names."""
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / SCRIPT)])
+    here("a.jsonl", out="my data/text")
+    command = re.search("next: (.*)\n", capsys.readouterr().out)[1]
+    python, script, *flags = shlex.split(command)
+    assert (python, script) == ("python", str(ROOT / "pretrain.py"))
+    assert flags[:4] == ["--data", "my data/text", "--out", "runs/text"] and "--block_size" in flags
+    config = tyro.cli(pretrain.Config, args=flags, use_underscores=True)
+    assert config.batch_tokens % config.block_size == 0 and config.model == "demo" and config.steps == 50
+    TokenDataset(config.data, config.block_size)  # both splits have a row
+
+
+def test_the_next_command_after_fineweb_edu_has_no_flags(capsys):
+    split = {"documents": 9_672_101, "files": [{}]}
+    meta = {"train": split | {"tokens": 9_900_000_000}, "val": split | {"tokens": 50_000_000}}
+    prepare_fineweb.print_summary(Config(), meta | {"val_fraction": 0.005, "skipped_empty": 1})
+    assert re.search(r"1 empty document skipped\nnext: python \S*pretrain\.py\n$", capsys.readouterr().out)
+
+
+# ---- file formats ----------------------------------------------------------------------------------------------------
+
+
+def test_markdown_source_files_and_csv_become_documents(here, tmp_path, capsys):
+    texts = {"notes/a.md": "# Title\n\nSome text.\n", "notes/b.py": "def f():\n    return 1\n", "notes/c.css": "no"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "c.csv").write_text('id,review\n1,"First, a line\nand another"\n2,"She said ""yes"""\n')
+    here("notes", "c.csv", text_suffixes=(".py",), text_field="review", val_fraction=0.5)
+    expected = {texts["notes/a.md"], texts["notes/b.py"], "First, a line\nand another", 'She said "yes"'}
+    assert set().union(*documents(tmp_path / "out").values()) == expected
+    assert "notes: 2 files\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"c\.csv: no column 'text'; --text_field can be one of: id, review"):
+        here("c.csv", out="other")

@@ -13,12 +13,14 @@ from minigpt import shards
 from minigpt.cli import UserError
 from minigpt.shards import (
     FORMAT_VERSIONS,
+    MIN_SPLIT_TOKENS,
     PROGRESS_FILE,
     ShardWriter,
+    SplitChooser,
     begin_dataset,
+    discard_dataset,
     finish_dataset,
-    hash_selects,
-    is_validation,
+    hash_document,
     open_array,
     open_arrays,
     read_meta,
@@ -98,14 +100,68 @@ def test_a_failed_write_of_an_array_leaves_no_file(tmp_path, monkeypatch):
 
 def test_the_split_depends_on_the_document_only():
     documents = [f"document {i}".encode() for i in range(20_000)]
-    selected = {fraction: {d for d in documents if is_validation(d, fraction)} for fraction in (0.01, 0.1, 0.5)}
+    selected = {fraction: {d for d in documents if hash_document(d) < fraction} for fraction in (0.01, 0.1, 0.5)}
     assert selected[0.01] < selected[0.1] < selected[0.5]  # a larger fraction only adds documents
     for fraction, subset in selected.items():
         assert len(subset) / len(documents) == pytest.approx(fraction, abs=4 * (fraction / len(documents)) ** 0.5)
     # fixed for all machines and versions: a document that moves to validation has been trained on before
-    assert [i for i in range(20) if is_validation(documents[i], 0.5)] == [0, 1, 2, 6, 7, 9, 11, 15]
-    salted = {document for document in selected[0.5] if hash_selects(document, 0.5, salt=b"mix")}
+    assert [i for i in range(20) if hash_document(documents[i]) < 0.5] == [0, 1, 2, 6, 7, 9, 11, 15]
+    salted = {document for document in selected[0.5] if hash_document(document, salt=b"mix") < 0.5}
     assert len(salted) / len(selected[0.5]) == pytest.approx(0.5, abs=0.1)  # independent of the selection without salt
+
+
+TARGET = 100  # required size of the validation split
+
+
+def expected_validation(hashes: list[float], sizes: list[int], val_fraction: float) -> set[float]:
+    """Return the hashes below `val_fraction`, or those of the lowest hashes that reach the required size."""
+    target = min(TARGET, max(sum(sizes) // 10, MIN_SPLIT_TOKENS))
+    lowest, filled = set(), 0
+    for document_hash, size in sorted(zip(hashes, sizes, strict=True)):
+        if filled >= target or (filled and filled + size > sum(sizes) / 2):
+            break
+        lowest, filled = lowest | {document_hash}, filled + size
+    return (lowest | {h for h in hashes if h < val_fraction}) - {max(hashes)}  # one is left to train on
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    sizes=st.lists(st.integers(2, 60) | st.just(900), min_size=2, max_size=60),
+    val_fraction=st.sampled_from([1e-6, 0.005, 0.2, 0.5]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_the_lowest_hashes_fill_the_validation_split(sizes, val_fraction, seed, data):
+    """Also if the count of the documents was interrupted."""
+    hashes = [hash_document(f"{seed} {i}".encode()) for i in range(len(sizes))]
+    stop = data.draw(st.integers(0, len(sizes)))
+    chooser = SplitChooser(TARGET)
+    for i, document in enumerate(zip(hashes, sizes, strict=True)):
+        if i == stop:
+            chooser = SplitChooser(TARGET, json.loads(json.dumps(chooser.state_dict())))
+        chooser.add(*document)
+    chosen = chooser.choose(val_fraction, "document", "none skipped")
+    assert {h for h in hashes if h < chosen} == expected_validation(hashes, sizes, val_fraction)
+
+
+def test_few_documents_are_kept_of_a_large_corpus():
+    chooser = SplitChooser(1025)
+    for i in range(20_000):
+        chooser.add(hash_document(b"%d" % i), 2 + i % 9)
+    assert len(chooser.lowest) < 1025 / 2 and chooser.documents == 20_000
+    assert chooser.choose(0.1, "document", "") == 0.1
+
+
+def test_documents_that_cannot_be_split():
+    chooser = SplitChooser(1)
+    with pytest.raises(UserError, match=r"the source has 0 usable documents \(2 skipped\), but each split needs one"):
+        chooser.choose(0.1, "document", "2 skipped")
+    chooser.add(0.3, 5)
+    with pytest.raises(UserError, match=r"the source has 1 usable document \(2 skipped\), but each split needs one"):
+        chooser.choose(0.1, "document", "2 skipped")
+    chooser.add(0.3, 5)
+    with pytest.raises(UserError, match="all 2 documents are equal, but each split needs its own: give more data"):
+        chooser.choose(0.1, "document", "")
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -175,6 +231,20 @@ def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path, name):
     with pytest.raises(UserError, match="already exists and is not a dataset folder: choose another --out"):
         begin_dataset(tmp_path, META)
     assert contents(tmp_path) == {name: b"years of work"}
+
+
+def test_a_discarded_dataset_leaves_nothing(tmp_path):
+    folder = make_dataset(tmp_path / "data")
+    mark_incomplete(folder)
+    (folder / ".lock").touch()
+    (folder / "train_000000.npy.tmp").touch()
+    discard_dataset(folder)
+    assert not folder.exists()
+    folder = make_dataset(tmp_path / "data")
+    mark_incomplete(folder)
+    (folder / "notes.txt").write_text("mine")
+    discard_dataset(folder)
+    assert contents(folder) == {"notes.txt": b"mine"}
 
 
 def test_an_empty_folder_is_used(tmp_path):
