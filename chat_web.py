@@ -11,27 +11,43 @@ it gives the same answers as generate.py --chat.
 import functools
 import html
 import os
+import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from minigpt import cli
-from minigpt.chat import encode_prompt
+from minigpt.chat import encode_prompt, max_prompt_length
 from minigpt.cli import InferenceConfig, UserError
 from minigpt.inference import load_for_inference, make_generator, stream_text
 from minigpt.pretrained import PretrainedModel
 from minigpt.sampling import SamplingParams
+from minigpt.shards import open_arrays, read_meta
 
 if TYPE_CHECKING:
     import gradio
 
 UPDATE_SECONDS = 0.05  # minimum time between two updates of an answer
+MAX_EXAMPLE_CHARS = 100  # length of an example question
+# The browser loads nothing from other hosts, such as an image in an answer.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+CSS = ".bot.message:has(.md:empty) { display: none }"  # an answer that was stopped before its first token
+# Code in Markdown: fenced, indented after an empty line, or between backticks.
+FENCED = r"^[ \t]*(?P<fence>```+|~~~+)(?s:.*?)(?:^[ \t]*(?P=fence)|\Z)"
+INDENTED = r"(?:\A|(?<=\n\n))(?: {4}|\t).*(?:\n(?: {4}|\t).*)*"
+INLINE = r"(?<!`)(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)"
+CODE = rf"{FENCED}|{INDENTED}|{INLINE}"
+ESCAPES = {"&": "&amp;", "<": "&lt;", "!": "&#33;"}
+UNESCAPES = {escaped: character for character, escaped in ESCAPES.items()}
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def build_page(loaded: PretrainedModel, device: torch.device) -> "gradio.Blocks"
     import gradio as gr
 
     defaults = SamplingParams()
-    with gr.Blocks(title=loaded.source, fill_height=True, analytics_enabled=False) as page:
+    with gr.Blocks(title=run_name(loaded), fill_height=True, analytics_enabled=False) as page:
         with gr.Sidebar(position="right") as sidebar:
             system = gr.Textbox(label="System message", placeholder="Instructions for the model", lines=2, max_lines=4)
             temperature = gr.Slider(0, 2, defaults.temperature, label="Temperature", info="0: greedy", step=0.05)
@@ -101,14 +117,79 @@ def build_page(loaded: PretrainedModel, device: torch.device) -> "gradio.Blocks"
             seed = gr.Number(-1, label="Seed (-1: random)", precision=0)
         # On a phone, the sidebar would cover the conversation: start with it closed.
         page.load(None, None, sidebar, js="() => ({__type__: 'update', ...(innerWidth > 768 ? {} : {open: false})})")
-        gr.ChatInterface(
+        chat = gr.ChatInterface(
             functools.partial(stream_answer, loaded, device),
-            chatbot=build_chatbot(loaded.source),
+            chatbot=build_chatbot(loaded),
             additional_inputs=[system, temperature, top_k, top_p, max_tokens, seed],
+            examples=[[question] for question in example_questions(loaded)] or None,
             concurrency_limit=1,  # there is one model; other users wait in a queue
             api_visibility="private",
         )
+        keep_conversation(page, chat)
     return page
+
+
+def keep_conversation(page: "gradio.Blocks", chat: "gradio.ChatInterface") -> None:
+    """Keep the conversation in the browser for a reload, and add an empty answer to a question without one.
+
+    Without an answer, Gradio shows no Retry button and joins the question to the next one.
+    """
+    import gradio as gr
+
+    saved = gr.BrowserState([], storage_key="conversation")  # encrypted with a key of this process
+    empty_answer = "{role: 'assistant', content: [{type: 'text', text: ''}]}"
+    complete = f"[messages.at(-1)?.role == 'user' ? [...messages, {empty_answer}] : messages]"
+    chat.textbox.stop(None, chat.chatbot, chat.chatbot, js=f"messages => {complete}")
+    # While the page is built, it changes the conversation too.
+    save = "(messages, saved) => [window.restored ? messages : saved]"
+    chat.chatbot.change(None, [chat.chatbot, saved], saved, js=save)
+    restore = f"messages => {{ window.restored = true; return {complete}; }}"
+    page.load(None, saved, chat.chatbot, js=restore).then(lambda messages: messages, chat.chatbot, chat.chatbot_state)
+
+
+def run_name(loaded: PretrainedModel) -> str:
+    """Return the name of the model's run, or of its folder if that is not a checkpoint of a run."""
+    folder = Path(loaded.source).resolve()
+    return folder.parent.name if folder.name.startswith("step_") else folder.name
+
+
+def describe(loaded: PretrainedModel) -> str:
+    """Return what an empty page shows: the model's name, its size, and what it was trained on."""
+    config = loaded.model.config
+    lines = [f"{config.num_parameters:,} parameters, context of {config.block_size:,} tokens"]
+    for training in loaded.history:
+        source, flags = training.get("source") or {}, training.get("config") or {}
+        if isinstance(source, str):
+            lines.append(f"Weights of {Path(source).name}")
+        elif "data" in flags:
+            verb, data = "Finetuned" if "init" in flags else "Trained", source.get("dataset", Path(flags["data"]).name)
+            lines.append(f"{verb} on {data} for {training['step']:,} steps")
+    text = "<br>".join(map(html.escape, lines))
+    return f"<div style='text-align: center; padding: 0 1em'><h2>{html.escape(run_name(loaded))}</h2>{text}</div>"
+
+
+def example_questions(loaded: PretrainedModel) -> list[str]:
+    """Return three short questions from the model's training conversations; fewer if they or their folder are gone."""
+    flags, tokenizer = loaded.history[-1].get("config") or {}, loaded.tokenizer
+    folder, questions = Path(flags.get("data", "")), []
+    try:
+        meta = read_meta(folder, "chat")
+        tokens, _, offsets = open_arrays(folder, meta)["train"]
+    except (UserError, OSError):
+        return []
+    if meta["tokenizer"] != tokenizer.name:
+        return []
+    lengths = np.diff(offsets)
+    for third in np.array_split(np.arange(len(lengths)), 3):
+        by_length = third[np.argsort(lengths[third], kind="stable")]
+        for i in by_length[len(third) // 10 :]:  # the shortest are often poor examples
+            message = tokens[offsets[i] + 1 : offsets[i + 1]].tolist()  # the first one, and those after it
+            question = tokenizer.decode(message[1 : message.index(tokenizer.end_of_turn)]).strip()
+            is_user = message[0] == tokenizer.role_tokens["user"]
+            if is_user and 0 < len(question) <= MAX_EXAMPLE_CHARS and question not in questions:
+                questions.append(question)
+                break
+    return questions
 
 
 def stream_answer(
@@ -138,9 +219,14 @@ def stream_answer(
         prompt, n_dropped = encode(messages, max_tokens=params.max_tokens)
     except UserError as error:
         gr.Warning(html.escape(str(error).removeprefix("--")))  # gr.Error would leave the page waiting for an answer
+        yield ""
         return
     if n_dropped and encode(messages[:-2], max_tokens=params.max_tokens)[1] == 0:  # the first time only
-        gr.Info("The conversation no longer fits the model's context: from now on, its oldest part is dropped.")
+        available = max_prompt_length(loaded.model.config.block_size, params.max_tokens)
+        gr.Info(
+            f"The conversation has {len(prompt) + n_dropped} tokens, of which {available} fit into the model's context:"
+            " from now on, its oldest part is dropped."
+        )
     generator = make_generator(None if seed == -1 else seed, device)
     text, updated = "", 0.0
     for [piece] in stream_text(loaded.model, loaded.tokenizer, prompt, params, generator):
@@ -151,53 +237,63 @@ def stream_answer(
     yield text
 
 
-def build_chatbot(name: str) -> "gradio.Chatbot":
-    """Build a `gradio.Chatbot` that shows every message verbatim.
+def build_chatbot(loaded: PretrainedModel) -> "gradio.Chatbot":
+    """Build a `gradio.Chatbot` that renders messages as Markdown, but leaves the HTML in them as text.
 
-    Gradio's own chatbot renders messages as HTML, loads the images they name and changes their indentation. This one
-    escapes the messages it sends to the browser, and unescapes those it receives.
+    Gradio removes dangerous HTML and interprets the rest. It also changes the indentation of messages.
     """
     import gradio as gr
-    from gradio.components.chatbot import ChatbotDataMessages, Message, TextMessage
 
     chatbot = gr.Chatbot(
         show_label=False,
         scale=1,
-        render_markdown=False,
         latex_delimiters=[],
         buttons=[],
-        placeholder=f"<h3>{html.escape(name)}</h3>",
+        placeholder=describe(loaded),
     )
-    gradio_preprocess = chatbot.preprocess
-
-    def postprocess(messages: list[dict] | None) -> ChatbotDataMessages:
-        escaped = [(message["role"], html.escape(get_text(message["content"]))) for message in messages or []]
-        return ChatbotDataMessages(
-            root=[Message(role=role, content=[TextMessage(text=text)]) for role, text in escaped]
-        )
-
-    def preprocess(payload: ChatbotDataMessages | None) -> list[dict]:
-        messages = gradio_preprocess(payload)
-        texts = [(message["role"], html.unescape(get_text(message["content"]))) for message in messages]
-        return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts]
-
-    chatbot.postprocess, chatbot.preprocess = postprocess, preprocess
+    postprocess, preprocess = chatbot.postprocess, chatbot.preprocess
+    chatbot.postprocess = lambda messages: postprocess(map_text(escape, messages))
+    chatbot.preprocess = lambda payload: map_text(unescape, preprocess(payload))
     return chatbot
 
 
-def get_text(content: str | list[dict]) -> str:
+def map_text(function: Callable[[str], str], messages: list[dict] | None) -> list[dict]:
+    """Apply a function to the text of Gradio messages."""
+    texts = [(message["role"], function(get_text(message["content"]))) for message in messages or []]
+    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts]
+
+
+def escape(text: str) -> str:
+    """Escape HTML and images in Markdown, except in code, where Markdown escapes them itself."""
+    return re.sub(rf"{CODE}|[&<]|!(?=\[)", lambda match: ESCAPES.get(match[0], match[0]), text, flags=re.M)
+
+
+def unescape(text: str) -> str:
+    """Undo `escape`."""
+    return re.sub(rf"{CODE}|&(?:amp|lt|#33);", lambda match: UNESCAPES.get(match[0], match[0]), text, flags=re.M)
+
+
+def get_text(content: str | list[str | dict]) -> str:
     """Return the text of a Gradio message, whose content is a string or a list of parts."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    parts = [content] if isinstance(content, str) else content
+    return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
 
 
 def serve(page: "gradio.Blocks", config: Config) -> None:
     """Serve the page until Ctrl-C. There is no public link, no upload, and no record of the conversations."""
+    import gradio as gr
+
+    # With bold faces that have all characters; those of the default theme have few.
+    font = [gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"]
     page.launch(
         server_name=config.host,
         server_port=config.port,
         inbrowser=config.open and has_desktop(),
         share=False,
         footer_links=[],
+        head=HEAD,
+        css=CSS,
+        theme=gr.themes.Default(font=font),
         run_history=False,
         enable_monitoring=False,
         max_file_size=0,  # refuse uploads

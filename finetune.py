@@ -43,7 +43,7 @@ class Config(TrainConfig):
     val_every: int = resumable(50)
     save_every: int = resumable(100)
     init: str = "runs/gpt2"
-    """The initial model: a run (its best checkpoint), a checkpoint, a Hugging Face GPT-2 folder or a hub id."""
+    """The initial model: a run, a checkpoint, a Hugging Face GPT-2 folder or hub id, or nanoGPT's ckpt.pt."""
     epochs: float = 3.0
     """Passes over the conversations."""
     steps: int | None = None

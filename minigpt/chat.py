@@ -145,7 +145,7 @@ def encode_prompt(
     Args:
         messages: the conversation; the last message is the user's.
         block_size: the model's context.
-        max_tokens: length of the reply; at most a quarter of the context is reserved for it.
+        max_tokens: length of the reply, see `max_prompt_length`.
 
     Returns:
         (tokens, n_dropped), where `n_dropped` counts the tokens that were truncated.
@@ -153,7 +153,7 @@ def encode_prompt(
     Raises:
         UserError: the system message alone fills the context.
     """
-    max_length = block_size - min(max_tokens, block_size // 4)
+    max_length = max_prompt_length(block_size, max_tokens)
     tokens, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
     if len(tokens) <= max_length:
         return tokens, 0
@@ -161,3 +161,8 @@ def encode_prompt(
     if truncated is None:
         raise UserError(f"the system message alone fills the context of {block_size} tokens: shorten it")
     return truncated[0], len(tokens) - len(truncated[0])
+
+
+def max_prompt_length(block_size: int, max_tokens: int) -> int:
+    """Return the number of tokens available before a reply, for which at most a quarter of the context is reserved."""
+    return block_size - min(max_tokens, block_size // 4)

@@ -140,7 +140,7 @@ class CheckpointConfig:
     """The flag of scripts that load a model."""
 
     checkpoint: str | None = None
-    """A run (its best checkpoint), a checkpoint, a GPT-2 folder or hub id; default: the newest run in runs/."""
+    """A run, a checkpoint, a GPT-2 folder or hub id, or nanoGPT's ckpt.pt; default: the newest run in runs/."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Progress:
         """Count a fraction of the next unit. Units of less than a second are shown when they are complete."""
         self.fraction, now = fraction, time.perf_counter()
         if now - self.updated > 1:
-            self._show(f"{note}  {self.postfix}", now - max(self.printed, self.started) > self.interval())
+            self._show(f"{note}  {self.postfix}".rstrip(), now - max(self.printed, self.started) > self.interval())
 
     def _show(self, postfix: str, print_line: bool) -> None:
         if self.bar is not None:
@@ -200,7 +200,7 @@ class Progress:
             self.bar.update(self.done + self.fraction - self.bar.n)
         elif self.enabled and print_line:
             self.printed = time.perf_counter()
-            line = f"{self.unit} {self.count()}  {postfix.rstrip()}  {self.time_left()}"
+            line = f"{self.unit} {self.count()}  {postfix}  {self.time_left()}"
             print(line.rstrip(), flush=True)
 
     def count(self) -> str:

@@ -43,7 +43,7 @@ class PretrainedModel:
         is_chat: whether it was finetuned for the chat format.
         source: the folder, file or hub id.
         history: the training runs that produced it, oldest first: "source" of the data, "step", "metrics", and
-            "config", the flags; {"source": SOURCE} only for weights that were trained elsewhere.
+            "config", the flags; "source" and perhaps "step" only for weights that were trained elsewhere.
     """
 
     model: GPT
@@ -72,7 +72,7 @@ def load_pretrained(source: str | None, chat: bool = False) -> PretrainedModel:
     is_path = folder.is_dir() or source.count("/") > 1 or source.startswith((".", "/", "runs/"))
     if is_path and not (folder / "config.json").is_file():
         raise UserError(
-            f"{source}: no checkpoint found; give a run, a checkpoint, a Hugging Face GPT-2 folder or a hub id;"
+            f"{source}: no checkpoint found; give a run, a checkpoint, a Hugging Face folder or hub id, or ckpt.pt;"
             f" {format_runs()}"
         )
     model = load_hf(source)

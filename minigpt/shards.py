@@ -49,7 +49,7 @@ class SplitChooser:
     lowest hashes form the validation split. Only these are kept.
 
     Args:
-        size: required size of the validation split, in the unit of `add`; at most a tenth of all documents.
+        size: required size of the validation split, in the unit of `add`; of a small corpus, a tenth is enough.
         state: an earlier `state_dict()`, to resume.
     """
 

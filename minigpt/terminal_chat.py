@@ -1,24 +1,28 @@
 """Text in the terminal: printing samples as they are generated, and the chat of `generate.py --chat`."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from minigpt.chat import encode_prompt
+from minigpt.chat import encode_prompt, max_prompt_length
 from minigpt.cli import UserError, strip_control_chars
 from minigpt.inference import stream_text
 from minigpt.pretrained import PretrainedModel
 from minigpt.sampling import SamplingParams
 
 HELP = """\
-/reset        start a new conversation; the system message stays
-/system TEXT  set the system message; without TEXT remove it
-/save FILE    append the conversation to a .jsonl file, as prepare_dolly.py --files reads it
-/exit         leave, as Ctrl-D does
+/retry          answer the last question again; the new answer replaces the old one
+/reset          start a new conversation; the system message stays
+/system TEXT    set the system message; without TEXT remove it
+/temperature X  set the sampling temperature; without X print it
+/save FILE      append the conversation to a .jsonl file, as prepare_dolly.py --files reads it
+/exit           end the chat, like exit, quit and Ctrl-D
 A line that ends in \\ continues on the next line. A pasted text is one message.
 Arrow up recalls earlier messages. Ctrl-C stops an answer."""
 
@@ -36,9 +40,10 @@ class TextPrinter:
         prompt, n_dropped = encode_prompt(tokenizer, messages, block_size, self.params.max_tokens)
         if n_dropped and not self.warned:
             self.warned = True
+            available = max_prompt_length(block_size, self.params.max_tokens)
             print(
-                f"warning: the conversation has {len(prompt) + n_dropped} tokens, too many for the context of"
-                f" {block_size} and an answer: its oldest part is dropped",
+                f"warning: the conversation has {len(prompt) + n_dropped} tokens, {available} are available (context"
+                f" {block_size}, less {block_size - available} for the answer): its oldest part is dropped",
                 file=sys.stderr,
             )
         return self.print_samples(prompt, n_samples, catch_interrupt=catch_interrupt)
@@ -81,7 +86,7 @@ def print_text(text: str) -> None:
 
 
 def chat(printer: TextPrinter, system_messages: list[dict]) -> None:
-    """Read messages and print answers until Ctrl-D, /exit, two Ctrl-C in a row or the end of the input."""
+    """Read messages and print answers until /exit, exit, quit, two Ctrl-C in a row or the end of the input."""
     conversation, interrupted = Conversation(printer, system_messages), False
     setup_line_editing()
     print(f"{printer.loaded.source}: type a message and press Enter; /help lists commands, Ctrl-D ends the chat")
@@ -89,7 +94,7 @@ def chat(printer: TextPrinter, system_messages: list[dict]) -> None:
         try:
             text = read_message()
             interrupted = False
-            if text.split()[:1] == ["/exit"]:
+            if text.split()[:1] == ["/exit"] or text.strip() in ("exit", "quit"):
                 return
             if text.startswith("/"):
                 conversation.run_command(text)
@@ -98,7 +103,8 @@ def chat(printer: TextPrinter, system_messages: list[dict]) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
         except EOFError:
-            print()
+            if sys.stdin.isatty():
+                print()
             return
         except KeyboardInterrupt:
             print()
@@ -126,25 +132,40 @@ class Conversation:
 
     def add_message(self, text: str) -> None:
         """Add the user's message, print the answer and add it too. On a terminal, Ctrl-C ends the answer."""
-        question = {"role": "user", "content": text}
-        messages = [*self.system_messages, *self.turns, question]
-        answer = self.printer.answer(messages, catch_interrupt=sys.stdin.isatty())
-        self.turns += [question, {"role": "assistant", "content": answer}]
+        turns = [*self.turns, {"role": "user", "content": text}]
+        with discard_typing():
+            answer = self.printer.answer([*self.system_messages, *turns], catch_interrupt=sys.stdin.isatty())
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
+
+    def retry(self) -> None:
+        """Replace the last answer by a new one."""
+        if not self.turns:
+            raise UserError("there is no question to answer again")
+        question = self.turns[-2]["content"]
+        self.turns = self.turns[:-2]
+        self.add_message(question)
 
     def run_command(self, line: str) -> None:
         """Run a command. Raises `UserError`, with nothing changed, if it fails."""
         name, argument = [*line.split(maxsplit=1), ""][:2]
         if name == "/help":
             print(HELP)
+        elif name == "/retry":
+            self.retry()
         elif name == "/reset":
             self.turns, self.printer.warned = [], False
             print("new conversation" + ("; the system message stays" if self.system_messages else ""))
         elif name == "/system":
             self.set_system_message(argument.rstrip())
+        elif name == "/temperature":
+            self.set_temperature(argument.rstrip())
         elif name == "/save":
             self.save(argument.rstrip())
         else:
-            raise UserError(f"unknown command {name}: /help lists them; to send it as a message, start with a space")
+            raise UserError(
+                f"there is no command {name}: type /help to see all commands, or start the line with a space to send it"
+                " as a message"
+            )
 
     def set_system_message(self, text: str) -> None:
         """Set the system message, or remove it if there is no text."""
@@ -153,6 +174,18 @@ class Conversation:
         self.system_messages = new
         removed = f"system message removed; it was: {old[0]['content']}" if old else "there is no system message"
         print(f"system message: {text}" if text else removed)
+
+    def set_temperature(self, value: str) -> None:
+        """Set the sampling temperature, or print it if there is no value."""
+        params = self.printer.params
+        if value:
+            try:
+                self.printer.params = params = dataclasses.replace(params, temperature=float(value))
+            except ValueError:
+                raise UserError(f"/temperature {value}: give a number, such as /temperature 0.8") from None
+            except UserError as error:
+                raise UserError(str(error).removeprefix("--")) from None
+        print(f"temperature: {params.temperature:g}")
 
     def save(self, file: str) -> None:
         """Append the conversation to a file, as a record for prepare_dolly.py."""
@@ -183,11 +216,31 @@ def setup_line_editing() -> None:
         readline.parse_and_bind("set enable-bracketed-paste on")  # off by default in Python
 
 
+@contextlib.contextmanager
+def discard_typing() -> Iterator[None]:
+    """Neither show nor read what is typed on the terminal meanwhile. Ctrl-C keeps its effect."""
+    if not sys.stdin.isatty() or sys.platform == "win32":
+        yield
+        return
+    import termios
+
+    terminal, saved = sys.stdin.fileno(), termios.tcgetattr(sys.stdin)
+    silent = saved.copy()
+    silent[3] &= ~termios.ECHO
+    try:
+        termios.tcsetattr(terminal, termios.TCSANOW, silent)
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, saved)
+        termios.tcflush(terminal, termios.TCIFLUSH)
+
+
 def read_message() -> str:
     """Read one line, or several if a line ends in a backslash or several were pasted. Raises `EOFError` at the end."""
-    lines = [input("> ")]
+    prompt, next_prompt = ("> ", "... ") if sys.stdin.isatty() else ("", "")
+    lines = [input(prompt)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
         with contextlib.suppress(EOFError):
-            lines.append(input("... "))
+            lines.append(input(next_prompt))
     return "\n".join(lines)

@@ -101,9 +101,9 @@ class Browser:
         box.send_keys(text.replace("\n", "\ue008\n\ue000"), "\n")
 
     def messages(self, role: str) -> list[str]:
-        """Return the exact text of all messages of "user" or "bot"."""
+        """Return the text of all messages of "user" or "bot", without the line break after each."""
         script = "return [...document.querySelectorAll(`[data-testid=${arguments[0]}] .md`)].map(e => e.textContent)"
-        return self.driver.execute_script(script, role)
+        return [text.removesuffix("\n") for text in self.driver.execute_script(script, role)]
 
     def answer(self, number: int = 1) -> str:
         """Wait until answer `number` is complete and return it."""
@@ -117,9 +117,11 @@ class Browser:
         self.until(lambda: not self.find(".toast-body"))
 
     def requested_hosts(self) -> set[str]:
-        """Return the hosts that the page has sent requests to."""
+        """Return the hosts that the page has sent requests to, without those that its security policy blocked."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        blocked = [m["params"]["requestId"] for m in messages if m["params"].get("blockedReason") == "csp"]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        urls = [request["request"]["url"] for request in sent if request["requestId"] not in blocked]
         return {urlsplit(url).hostname for url in urls if url.startswith(("http", "ws"))}
 
 

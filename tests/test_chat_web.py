@@ -1,20 +1,28 @@
-"""chat_web.py in a real browser: answers, stop and retry, settings, escaping, errors, two users, a phone."""
+"""chat_web.py in a real browser: an empty page, answers, stop and retry, Markdown, errors, two users, a phone."""
 
+import contextlib
+import dataclasses
 import os
+import shutil
 import signal
 import socket
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from conftest import start
-from screenshot import CHROMIUM, DRIVER, browser, chat_page, free_port
+from hypothesis import example, given
+from hypothesis import strategies as st
+from screenshot import CHROMIUM, DRIVER, Browser, browser, chat_page, free_port
 
 import chat_web
 from minigpt.cli import InferenceConfig
 from minigpt.inference import load_for_inference
+from minigpt.pretrained import PretrainedModel
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-extra.txt")
 pytest.importorskip("selenium", reason="selenium is not installed: pip install -r requirements-dev.txt")
@@ -38,6 +46,10 @@ def page(served):
         opened.open(served[0])
         yield opened
         assert opened.requested_hosts() == {"127.0.0.1"}
+
+
+def load(checkpoint) -> PretrainedModel:
+    return load_for_inference(InferenceConfig(checkpoint=str(checkpoint), device="cpu"))[0]
 
 
 def cpu_seconds(pid: int) -> float:
@@ -90,10 +102,10 @@ def test_settings_take_effect(page, chatterbox):
         page.ask(question)
         answers.append(page.answer(number))
     flags = ("--temperature", 0, "--max_tokens", 30, "--system", "Be kind.")
-    assert page.messages("user") == questions
+    assert ["".join(message.split()) for message in page.messages("user")] == ["".join(q.split()) for q in questions]
     typed = "".join(question.replace("\n", "\\\n") + "\n" for question in questions)
     terminal = generate(chatterbox, "--chat", *flags, input=typed).partition("\n")[2]
-    assert [line.removeprefix("> ").removeprefix("... ") for line in terminal.splitlines()[:2]] == answers
+    assert terminal.splitlines() == answers
 
 
 @needs_browser
@@ -107,14 +119,152 @@ def test_same_seed_as_generate(page, chatterbox):
 
 
 @needs_browser
-def test_messages_are_shown_verbatim(page):
-    """Tags stay text, no image is fetched (the fixture checks this), and special tokens are visible."""
-    question = "<b>bold</b> <img src=http://elsewhere.invalid/a.png> <|end|> *a* $$x$$ ![](http://elsewhere.invalid/b)"
-    page.fill("Max tokens", 5)
-    page.ask(question)
+def test_stop_before_the_first_token(page, served):
+    """The question gets an empty answer, which Retry replaces; the next question does not join it."""
+    page.fill("Max tokens", 50_000)
+    page.ask("talk")
+    page.until(lambda: page.messages("bot"))
+    with browser() as waiting:  # for the first user's answer to end
+        waiting.open(served[0])
+        waiting.fill("Max tokens", 5)
+        waiting.ask("first")
+        waiting.until(lambda: waiting.find(".stop-button"))[0].click()
+        waiting.until(lambda: waiting.find("[aria-label=Retry]"))
+        assert waiting.messages("bot") == [""] and not waiting.find(".bot.message")[0].is_displayed()
+        page.find(".stop-button")[0].click()
+        waiting.ask("second")
+        waiting.answer(2)
+        assert waiting.messages("user") == ["first", "second"] and waiting.messages("bot")[0] == ""
+        waiting.find("[aria-label=Undo]")[0].click()
+        waiting.until(lambda: waiting.messages("user") == ["first"])
+        waiting.find("[aria-label=Retry]")[0].click()
+        waiting.until(lambda: len("".join(waiting.messages("bot"))) == 5)
+        assert waiting.messages("user") == ["first"]
+
+
+@needs_browser
+def test_a_reload_keeps_the_conversation(page, served, chatterbox):
+    """The next answer takes it into account. A reload during an answer keeps the part that was generated."""
+    page.fill("Temperature", 0)
+    page.fill("Max tokens", 30)
+    page.ask("talk")
+    first = page.answer()
+    page.open(served[0])
+    assert page.messages("user") == ["talk"] and page.messages("bot") == [first]
+    page.fill("Temperature", 0)
+    page.fill("Max tokens", 3000)
+    page.ask("more")
+    page.until(lambda: len(page.messages("bot")) == 2)
+    page.open(served[0])
+    assert page.messages("user") == ["talk", "more"] and page.messages("bot")[0] == first
+    typed = generate(chatterbox, "--chat", "--temperature", 0, "--max_tokens", 30, input="talk\nmore\n").splitlines()
+    assert typed[1] == first and page.messages("bot")[1].startswith(typed[2][:10])
+    page.find("[aria-label=Clear]")[0].click()
+    page.until(lambda: not page.messages("user"))
+    page.open(served[0])
+    assert page.messages("user") == []
+
+
+@pytest.fixture
+def open_page(monkeypatch):
+    """Return a function that serves a page in this process and opens it in a browser; no other host is asked."""
+    with contextlib.ExitStack() as stack:
+
+        def open_page(loaded) -> Browser:
+            chat_web.import_gradio()
+            built, config = chat_web.build_page(loaded, torch.device("cpu")), chat_web.Config(port=free_port())
+            monkeypatch.setattr(chat_web, "threading", mock.Mock())  # serve() does not wait
+            chat_web.serve(built, config)
+            stack.callback(built.close)
+            opened = stack.enter_context(browser())
+            stack.callback(lambda: requested.append(opened.requested_hosts()))
+            opened.resize(1100, 700)
+            opened.open(built.local_url)
+            return opened
+
+        requested = []
+        yield open_page
+    assert requested == [{"127.0.0.1"}]
+
+
+MARKDOWN = """\
+- **one** <b>two</b> &amp; <|end|>
+- `a < b` ![image](http://elsewhere.invalid/a)
+
+```python
+if a < b & c:
+    print("<i>")
+```
+
+\\`<img src="http://elsewhere.invalid/b" onerror="document.title = 1">\\` <script>document.title = 2</script>
+
+    <s>"""
+
+
+@needs_browser
+def test_answers_are_rendered_as_markdown(open_page, chatterbox, monkeypatch):
+    """Lists and code are; HTML is shown as text; images are not loaded; the model's own text is its history."""
+    prompts = []
+    monkeypatch.setattr(chat_web, "encode_prompt", lambda _, messages, **__: prompts.append(messages) or ([0], 0))
+    monkeypatch.setattr(chat_web, "stream_text", lambda *_: iter([[MARKDOWN]]))
+    page = open_page(load(chatterbox))
+    for number in (1, 2):
+        page.ask(MARKDOWN)
+        page.answer(number)
+    assert [message["content"] for message in prompts[1]] == [MARKDOWN] * 3
+    for message in page.find(".message.user, .message.bot"):
+        found = [element.text for element in message.find_elements("css selector", "li, strong, li code, pre code")]
+        assert found[:4] == ["one <b>two</b> &amp; <|end|>", "one", "a < b\n!image", "a < b"]
+        assert found[4].splitlines()[0] == "if a < b & c:" and 'print("<i>")' in found[4]
+        assert "<script>document.title = 2</script>" in message.text and "<s>" in message.text
+        assert not message.find_elements("css selector", "b, i, s, script")
+    assert page.driver.title == "chatterbox0"
+
+
+@needs_browser
+def test_an_empty_page_describes_the_model(open_page, finetuned):
+    """It shows its name, size and training, and three questions to click, but no path."""
+    loaded = load(finetuned)
+    page = open_page(loaded)
+    text = page.find(".placeholder")[0].text
+    assert text.splitlines() == [
+        "run",
+        f"{loaded.model.config.num_parameters:,} parameters, context of 64 tokens",
+        "Trained on data for 12 steps",
+        "Finetuned on data for 12 steps",
+    ]
+    questions = [example.text for example in page.find("button.example")]
+    assert len(set(questions)) == 3 and all(question.startswith("After ") for question in questions)
+    assert page.driver.title == "run" and str(finetuned.parent) not in page.driver.page_source
+    page.find("button.example")[1].click()
     page.answer()
-    assert page.messages("user") == [question]
-    assert not page.find("[data-testid=user] b, [data-testid=user] img, [data-testid=user] em")
+    assert page.messages("user") == [questions[1]]
+
+
+def test_example_questions(finetuned, chat_data, tmp_path):
+    """They are the same each time; there are none without the dataset, or if it has another tokenizer."""
+    loaded = load(finetuned)
+    questions = chat_web.example_questions(loaded)
+    assert questions == chat_web.example_questions(loaded) and len(questions) == 3
+    shutil.copytree(chat_data, tmp_path / "data")
+    loaded.history[-1]["config"]["data"] = str(tmp_path / "data")
+    assert chat_web.example_questions(loaded) == questions
+    meta = (tmp_path / "data" / "meta.json").read_text()
+    (tmp_path / "data" / "meta.json").write_text(meta.replace('"bytes"', '"gpt2"'))
+    assert chat_web.example_questions(loaded) == []
+    shutil.rmtree(tmp_path / "data")
+    assert chat_web.example_questions(loaded) == []
+    loaded.history[:] = [{"source": "openai-community/gpt2"}]
+    assert chat_web.example_questions(loaded) == [] and "Weights of gpt2" in chat_web.describe(loaded)
+
+
+def test_dataset_names(finetuned):
+    """A dataset of the hub has its name there, any other the name of its folder."""
+    loaded = load(finetuned)
+    loaded.history[0]["source"] = {"dataset": "owner/<name>"}
+    assert "Trained on owner/&lt;name&gt; for 12 steps<br>Finetuned on data for" in chat_web.describe(loaded)
+    assert chat_web.run_name(loaded) == "run"
+    assert chat_web.run_name(dataclasses.replace(loaded, source="/home/me/exported")) == "exported"
 
 
 @needs_browser
@@ -134,8 +284,8 @@ def test_an_error_is_a_notification(page):
 def test_values_out_of_range_are_warnings(chatterbox, monkeypatch, max_tokens, seed):
     warnings = []
     monkeypatch.setattr(gradio, "Warning", warnings.append)
-    model = load_for_inference(InferenceConfig(checkpoint=str(chatterbox), device="cpu"))
-    assert list(chat_web.stream_answer(*model, "and", [], "", 0.8, 200, 1.0, max_tokens, seed)) == []
+    model = (load(chatterbox), torch.device("cpu"))
+    assert list(chat_web.stream_answer(*model, "and", [], "", 0.8, 200, 1.0, max_tokens, seed)) == [""]
     assert len(warnings) == 1 and "it must be at least" in warnings[0] and not warnings[0].startswith("--")
 
 
@@ -171,12 +321,21 @@ def test_on_a_phone(page, served):
     page.fill("Max tokens", 5)
 
 
-def test_messages_are_escaped_for_the_browser():
-    """Both roles' messages are, and they return unchanged."""
+@given(st.text("ab`~<&![]\n \t;", max_size=60))
+@example(MARKDOWN)
+@example("    a < b\n\n~~~\n&lt;&amp;&#33;[")
+def test_messages_are_escaped_for_the_browser(text):
+    """They return unchanged."""
+    assert chat_web.unescape(chat_web.escape(text)) == text
+
+
+def test_messages_of_the_chatbot(chatterbox):
+    """Both roles' are escaped, with their spaces, and return unchanged."""
     texts = {"user": "<i>a</i>\n    b", "assistant": " <img src=x onerror=alert(1)> &lt; \n"}
-    chatbot = chat_web.build_chatbot("model")
+    chatbot = chat_web.build_chatbot(load(chatterbox))
     sent = chatbot.postprocess([{"role": role, "content": text} for role, text in texts.items()])
-    assert not {"<", ">"} & set("".join(message.content[0].text for message in sent.root))
+    assert [message.content[0].text for message in sent.root] == [chat_web.escape(text) for text in texts.values()]
+    assert "<" not in "".join(message.content[0].text for message in sent.root)
     back = chatbot.preprocess(sent)
     assert {message["role"]: message["content"][0]["text"] for message in back} == texts
 

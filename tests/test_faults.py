@@ -363,7 +363,7 @@ def test_a_second_run_is_refused_while_the_first_lives(fails, text_data, tmp_pat
 
 
 def test_a_second_preparation_is_refused_while_the_first_lives(fails, run_script, tmp_path):
-    (tmp_path / "a.txt").write_text("Some words.\n\n" * 20_000)
+    (tmp_path / "a.txt").write_text("".join(f"Paragraph {i}.\n\n" for i in range(20_000)))
     args = ("prepare_fineweb.py", "--files", "a.txt", "--tokenizer", "bytes", "--val_fraction", 0.2, "--out", "data")
     lock = lock_folder(tmp_path / "data")
     assert "data is in use by another process" in fails(*args)

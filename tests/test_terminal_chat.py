@@ -1,15 +1,25 @@
 """generate.py --chat in a pseudo-terminal: multi-line input, history, Ctrl-C, commands, saved conversations."""
 
+import io
 import json
 import os
 import re
 import select
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
+import torch
 from conftest import ROOT, start
+
+from minigpt import terminal_chat
+from minigpt.cli import UserError
+from minigpt.inference import make_generator
+from minigpt.pretrained import load_pretrained
+from minigpt.sampling import SamplingParams
+from minigpt.terminal_chat import Conversation, TextPrinter
 
 PROMPT, CTRL_C, CTRL_D, UP = "> ", "\x03", "\x04", "\x1b[A"
 # Ctrl-C reaches a process only if the terminal is its controlling terminal: the session leader opens it to make it so.
@@ -93,6 +103,12 @@ def user_messages(tmp_path) -> list[str]:
 GREEDY = ("--max_tokens", 3, "--temperature", 0)
 
 
+@pytest.fixture
+def printer(chatterbox) -> TextPrinter:
+    generator = make_generator(1, torch.device("cpu"))
+    return TextPrinter(load_pretrained(str(chatterbox)), SamplingParams(max_tokens=5), generator)
+
+
 def test_multi_line_messages(terminal, chatterbox, tmp_path):
     """Pasted lines, and lines that end in a backslash, form one message."""
     chat = terminal(chatterbox, *GREEDY)
@@ -155,11 +171,12 @@ def test_ctrl_c_at_the_prompt(terminal, chatterbox, tmp_path):
 
 def test_commands(terminal, chatterbox, tmp_path):
     chat = terminal(chatterbox, *GREEDY, "--system", "Be kind.")
-    for command in ("/reset", "/system", "/save", "/exit", "Ctrl-C"):
-        assert command in chat.ask("/help")
+    help_text = chat.ask("/help")
+    assert all(command in help_text for command in ("/retry", "/reset", "/system", "/temperature", "/save", "/exit"))
+    assert "Ctrl-C" in help_text
     assert "nothing to save" in chat.ask("/save talk.jsonl")
     chat.ask("one")
-    assert "unknown command /rest: /help lists them" in chat.ask("/rest")
+    assert "there is no command /rest: type /help to see all commands" in chat.ask("/rest")
     assert "needs a file name" in chat.ask("/save")
     assert "could not be written: No such file" in chat.ask("/save nowhere/talk.jsonl")
     assert "the name must end in .jsonl" in chat.ask("/save talk.txt")
@@ -186,6 +203,77 @@ def test_commands(terminal, chatterbox, tmp_path):
     assert chat.wait() == 0
 
 
+@pytest.mark.parametrize("line", ["exit", " quit ", "/exit"])
+def test_lines_that_end_the_chat(printer, capsys, monkeypatch, line):
+    typed = io.BytesIO(f"exit it\n{line}\nnot read\n".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed))
+    terminal_chat.chat(printer, [])
+    assert len(capsys.readouterr().out.splitlines()) == 2  # the header and one answer
+
+
+def test_retry_replaces_the_last_answer(printer):
+    """The new answer follows the same messages as the old one."""
+    chat, prompts, answer = Conversation(printer, []), [], printer.answer
+    printer.answer = lambda messages, **options: prompts.append(messages) or answer(messages, **options)
+    with pytest.raises(UserError, match="there is no question to answer again"):
+        chat.run_command("/retry")
+    for text in ("one", "two"):
+        chat.add_message(text)
+    before = chat.turns
+    for _ in range(2):
+        chat.run_command("/retry")
+        assert prompts[-1] == before[:3] and chat.turns[:3] == before[:3] and chat.turns[3:] != before[3:]
+    assert len(chat.turns) == 4
+
+
+def test_temperature(printer, capsys):
+    """A wrong value is an error and changes nothing."""
+    chat = Conversation(printer, [])
+    chat.run_command("/temperature")
+    chat.run_command("/temperature 0")
+    for value, error in {
+        "warm": "give a number",
+        "-1": "temperature is -1.0: it must be",
+        "nan": "nan: it must",
+    }.items():
+        with pytest.raises(UserError, match=error) as raised:
+            chat.run_command(f"/temperature {value}")
+        assert "--" not in str(raised.value)
+    chat.run_command("/temperature")
+    assert capsys.readouterr().out.splitlines() == ["temperature: 0.8", "temperature: 0", "temperature: 0"]
+    chat.add_message("talk")
+    first = chat.turns
+    chat.run_command("/retry")
+    assert chat.turns == first  # greedy
+
+
+def test_typing_during_an_answer_is_discarded(terminal, chatterbox, tmp_path):
+    """It is not shown in the answer, nor sent after it; typing works again afterwards."""
+    chat = terminal(chatterbox, "--max_tokens", 400)
+    chat.type("talk\r")
+    chat.until(r"talk\n[a-p ]{20}")
+    chat.type("XYZ\rXYZ")
+    assert re.fullmatch(r"[a-p ]+\n> ", chat.until(r"\n> "))
+    chat.ask("/save talk.jsonl")
+    [question, answer] = saved_conversations(tmp_path)[0]
+    assert question["content"] == "talk" and len(answer["content"]) == 400
+    assert "/save talk.jsonl" in chat.output  # typing is shown again
+
+
+def test_the_terminal_is_restored_after_an_exception(monkeypatch):
+    """Echo is off only inside."""
+    screen, terminal = os.openpty()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(terminal, "r"))
+    before = termios.tcgetattr(terminal)
+    with pytest.raises(KeyboardInterrupt), terminal_chat.discard_typing():
+        assert before[3] & ~termios.tcgetattr(terminal)[3] == termios.ECHO
+        os.write(screen, b"typed\n")
+        raise KeyboardInterrupt
+    assert termios.tcgetattr(terminal) == before and not select.select([terminal], [], [], 0)[0]
+    sys.stdin.close()
+    os.close(screen)
+
+
 def test_system_message_too_long(terminal, fails, chatterbox):
     """The flag ends in an error; the command prints it and keeps the old system message."""
     error = "system message alone fills the context of 512 tokens"
@@ -196,19 +284,27 @@ def test_system_message_too_long(terminal, fails, chatterbox):
 
 
 def test_a_long_conversation_warns_once(run_script, chatterbox):
-    """After /reset, it can warn once more."""
+    """After /reset, it can warn once more. The warning says how long the conversation is and may be."""
     question = "x" * 200 + "\n"
     flags = ("--checkpoint", chatterbox, "--chat", "--max_tokens", 50)
     done = run_script("generate.py", *flags, input=question * 4 + "/reset\n" + question * 3)
-    assert done.stderr.count("its oldest part is dropped") == 2
+    warning = (
+        "the conversation has 712 tokens, 462 are available (context 512, less 50 for the answer): its oldest part"
+    )
+    assert done.stderr.count(warning) == 2 == done.stderr.count("warning")
 
 
 def test_input_from_a_pipe(run_script, chatterbox, tmp_path):
-    """Each line is a message and commands work; invalid UTF-8 and a trailing backslash do not stop the conversation."""
+    """Each line is a message and commands work; invalid UTF-8 and a trailing backslash do not stop the conversation.
+
+    No prompt is printed.
+    """
     done = run_script(
         "generate.py", "--checkpoint", chatterbox, "--chat", *GREEDY, input="a\\\nb\n/save t.jsonl\n/no\nc\\"
     )
-    assert done.stderr == "error: unknown command /no: /help lists them; to send it as a message, start with a space\n"
+    assert done.stderr.startswith("error: there is no command /no: type /help") and done.stderr.count("\n") == 1
+    header, answer, saved, last_answer = done.stdout.splitlines()
+    assert "type a message" in header and "appended" in saved and len(answer) == len(last_answer) == 3
     assert saved_conversations(tmp_path, "t.jsonl")[0][0]["content"] == "a\nb"
     command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(chatterbox), "--chat", *map(str, GREEDY)]
     assert subprocess.run(command, input=b"\xff\xfe\n", capture_output=True, check=False).returncode == 0
