@@ -109,7 +109,7 @@ def main(config: Config) -> None:
 
     pairs: dict[str, list[tuple[str, str]]] = {"chat": small_talk(), "chat_val": []}
     for item in objects:
-        is_val = shards.is_validation(item.docstring.encode(), VAL_FRACTION)
+        is_val = shards.hash_document(item.docstring.encode()) < VAL_FRACTION
         pairs["chat_val" if is_val else "chat"] += make_questions(item)
     for name, split in pairs.items():
         records = [{"instruction": question, "context": "", "response": answer} for question, answer in split]
@@ -208,7 +208,7 @@ def summarize(item: Documented) -> str:
 
 def strip_signature(docstring: str) -> str:
     """Remove the signatures at the start of a docstring, but not the sentence in "D.clear() -> None.  Remove all"."""
-    while found := re.match(r"[\w.]+\(.*?\)(?: -+> *(?:\w+[.,] +)?(.*))?(?:\n+|$)", docstring):
+    while found := re.match(r"[\w.]+\(.*?\)(?: -+>? *(?:\w+[.,] +)?(.*))?(?:\n+|$)", docstring):
         if found[1] and found[1].count(" ") >= 4:
             return re.sub(r"^(?=an? )", "return ", docstring[found.start(1) :])
         docstring = docstring[found.end() :]

@@ -163,6 +163,7 @@ def test_docstrings_are_parsed_without_import(tmp_path):
         ("D.f(k[,d]) -> v, remove specified key and return the value.", "Remove specified key and return the value."),
         ("D.f() -> a shallow copy of the dict", "Return a shallow copy of the dict."),
         ("f() -> empty\nf(mapping) -> new one made from the\n  pairs\nf(x) -> other", "New one made from the pairs."),
+        ("f(x, y) - new function of the rest\n  of the arguments.", "New function of the rest of the arguments."),
         ("f -- helpers for the rest.", "Helpers for the rest."),
         ("Use :func:`~m.g` on ``x``", "Use `m.g` on `x`."),
         ("One sentence, e.g. this. " + "More " * 40, "One sentence, e.g. this."),
