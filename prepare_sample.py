@@ -216,6 +216,7 @@ def strip_signature(docstring: str) -> str:
 
 
 def small_talk() -> list[tuple[str, str]]:
+    """Return the pairs of `SMALL_TALK`: each line has two questions and their answer."""
     lines = [line.split(" | ") for line in SMALL_TALK.strip().splitlines()]
     return [(question, answer) for first, second, answer in lines for question in (first, second)]
 
