@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-QUESTIONS := "Who are you?" "What does json.dumps do?" "How do I use str.split?"
+QUESTIONS := "Who are you?" "What does json.dumps do?" "How do I use sorted?"
 
 .PHONY: demo test lint soak pictures clean
 
