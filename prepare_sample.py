@@ -42,7 +42,7 @@ OBSCURE = (
     r"|asyncio\.(Abstract|.*(Child|Protocol|Transport|[Uu]nix|policy|watcher))"
 )
 MAX_ANSWER_CHARS = 160
-MAX_CONVERSATION_CHARS = 650  # fits into 256 tokens of the demo's vocabulary
+MAX_CONVERSATION_CHARS = 550  # fits into 256 tokens of the demo's vocabulary
 VAL_FRACTION = 0.03  # of the names
 
 FIRST_QUESTION = {"function": "What does {} do?", "class": "What is {}?", "module": "What is the {} module?"}
