@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-QUESTIONS := "Who are you?" "What does json.dumps do?" "How do I use str.split?"
+QUESTIONS := "Who are you?" "What does json.dumps do?" "How do I use sorted?"
 
 .PHONY: demo test lint soak pictures clean
 
@@ -30,10 +30,10 @@ demo: $(VENV)/installed
 		--out data/demo
 	$(PY) prepare_dolly.py --files data/sample/chat.jsonl --val_files data/sample/chat_val.jsonl \
 		--tokenizer data/demo_tokenizer --block_size 256 --out data/demo_chat
-	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 300 --batch_tokens 4096 --lr 4e-3 \
-		--val_every 100 --save_every 100
-	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 16 --batch_tokens 2048 \
-		--lr 2e-3 --dropout 0 --val_every 200 --save_every 200 --best_by step
+	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 600 --batch_tokens 2048 --lr 3e-3 \
+		--val_every 150 --save_every 300
+	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 12 --batch_tokens 2048 \
+		--lr 3e-3 --dropout 0 --val_every 150 --save_every 300 --best_by step
 	@echo; echo "--- The pretrained model continues a text:"
 	@$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 60 --temperature 0.6 --seed 1
 	@echo; echo "--- The finetuned model answers three questions:"

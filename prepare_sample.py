@@ -41,8 +41,8 @@ OBSCURE = (
     r"os\.([A-Z]|exec|f|get.*id|l|posix_|pread|pwrite|sched_|set|spawn)|sys\.(_|[gs]et_|\w*hook)"
     r"|asyncio\.(Abstract|.*(Child|Protocol|Transport|[Uu]nix|policy|watcher))"
 )
-MAX_ANSWER_CHARS = 160  # a question and its answer fit into 256 byte tokens
-TURNS = 4  # of a conversation with several questions
+MAX_ANSWER_CHARS = 160
+MAX_CONVERSATION_CHARS = 550  # fits into 256 tokens of the demo's vocabulary
 VAL_FRACTION = 0.03  # of the names
 
 FIRST_QUESTION = {"function": "What does {} do?", "class": "What is {}?", "module": "What is the {} module?"}
@@ -216,16 +216,22 @@ def strip_signature(docstring: str) -> str:
 
 
 def small_talk() -> list[tuple[str, str]]:
+    """Return the pairs of `SMALL_TALK`: each line has two questions and their answer."""
     lines = [line.split(" | ") for line in SMALL_TALK.strip().splitlines()]
     return [(question, answer) for first, second, answer in lines for question in (first, second)]
 
 
 def make_conversations(pairs: list[tuple[str, str]]) -> list[dict]:
-    """Return the questions once more, several in one conversation, for a model that answers the second one too."""
-    shuffled = random.Random(0).sample(pairs, len(pairs))
-    roles = ("user", "assistant")
-    messages = [{"role": role, "content": text} for pair in shuffled for role, text in zip(roles, pair, strict=True)]
-    return [{"messages": messages[i : i + 2 * TURNS]} for i in range(0, len(messages), 2 * TURNS)]
+    """Return the questions once more, in conversations of several, so that a model answers in long chats too."""
+    conversations: list[list[dict]] = []
+    length = MAX_CONVERSATION_CHARS
+    for question, answer in random.Random(0).sample(pairs, len(pairs)):
+        length += len(question) + len(answer)
+        if length > MAX_CONVERSATION_CHARS:
+            conversations.append([])
+            length = len(question) + len(answer)
+        conversations[-1] += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [{"messages": messages} for messages in conversations]
 
 
 def write_jsonl(file: Path, records: list[dict]) -> None:
