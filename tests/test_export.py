@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, make_model, start
+from conftest import make_model, start
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -331,12 +331,3 @@ def test_the_folder_is_complete_or_absent(exported, fails, run_script, finetuned
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["new"]
     assert (tmp_path / "deep" / "new").stat().st_mode & 0o777 == 0o755
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "deep" / "new").iterdir()} == {0o644}
-
-
-def test_error_without_the_tokenizers_package(run_script, finetuned, tmp_path):
-    (tmp_path / "tokenizers.py").write_text("raise ImportError")
-    out = ("--checkpoint", finetuned, "--out", "here")
-    done = run_script("export.py", *out, env={"PYTHONPATH": str(tmp_path)}, expect=2)
-    assert "pip install -r requirements-extra.txt" in error_of(done) and [p.name for p in tmp_path.iterdir()] == [
-        "tokenizers.py"
-    ]

@@ -64,9 +64,9 @@ def whole(tmp_path_factory, text_data) -> Path:
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 
-def test_thirty_kills(text_data, tmp_path):
+def test_twelve_kills(text_data, tmp_path):
     """Killed before the system calls of a save, see soak.py; `make soak` does it two hundred times."""
-    assert soak.survive(30, text_data, tmp_path) >= 1
+    assert soak.survive(12, text_data, tmp_path) >= 1
 
 
 def test_killed_preparation_resumes(tmp_path):

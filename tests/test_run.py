@@ -17,10 +17,11 @@ from minigpt.distributed import Processes
 from minigpt.metrics import MetricsLogger
 from minigpt.optim import build_optimizer
 from minigpt.run import Run
+from minigpt.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
 SINGLE = Processes(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
-DATA = SimpleNamespace(fingerprint="abc", tokenizer=SimpleNamespace(name="bytes"), meta={"source": {"files": []}})
+DATA = SimpleNamespace(fingerprint="abc", tokenizer=load_tokenizer("bytes"), meta={"source": {"files": []}})
 MODEL = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)
 
 
@@ -97,7 +98,7 @@ def test_flags_that_do_not_change_the_result_are_resumable():
     shared = {"out", "data", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes", "report_to"}
     shared |= {"device", "dtype", "compile", "deterministic"}
     pretraining = {"dry_run", "gpu_dollars_per_hour", "hellaswag_every", "hellaswag_files", "sample_every"}
-    for script, expected in ((pretrain, shared | pretraining | {"sample_prompts"}), (finetune, shared)):
+    for script, expected in ((pretrain, shared | pretraining | {"sample_prompts"}), (finetune, shared | {"best_by"})):
         found = {field.name for field in fields(script.Config) if "resumable" in field.metadata}
         assert found == expected
 

@@ -49,7 +49,7 @@ def test_from_a_text_file_and_a_csv_of_questions_to_a_chat(tmp_path):
     assert "data/tokenizer: " in printed
     printed, command = follow(tmp_path, command)  # prepare_fineweb.py
     assert "val: " in printed and "validation: the " in printed  # the split would have been empty
-    printed, command = follow(tmp_path, command)  # pretrain.py
+    printed, command = follow(tmp_path, command, "--steps", 10)  # pretrain.py
     assert "done: " in printed and "bits per byte" in printed
     run_folder = command[command.index("--checkpoint") + 1]
     printed, _ = follow(tmp_path, command, "--max_tokens", 8)  # generate.py
@@ -58,7 +58,7 @@ def test_from_a_text_file_and_a_csv_of_questions_to_a_chat(tmp_path):
     dolly = ("--files", "pairs.csv", "--tokenizer", "data/tokenizer", "--out", "data/pairs")
     printed, command = run(tmp_path, "prepare_dolly.py", *dolly)
     assert command[command.index("--init") + 1] == run_folder
-    printed, command = follow(tmp_path, command)  # finetune.py
+    printed, command = follow(tmp_path, command, "--epochs", 1)  # finetune.py
     assert "done: " in printed and command[-1] == "--chat"
     printed, _ = follow(tmp_path, command, "--max_tokens", 8, input="Where is ship 3?\n")  # generate.py
     assert len(printed.strip().splitlines()) >= 2
@@ -78,7 +78,7 @@ def test_from_a_csv_and_from_a_folder_of_markdown_to_a_model(tmp_path, kind):
             )
         files = ("--files", "notes")
     _, command = run(tmp_path, "prepare_fineweb.py", *files, "--tokenizer", "bytes", "--out", "data/notes")
-    printed, command = follow(tmp_path, command, "--model", "tiny")
+    printed, command = follow(tmp_path, command, "--model", "tiny", "--steps", 10)
     assert "done: " in printed
     printed, _ = follow(tmp_path, command, "--max_tokens", 8)
     assert printed.startswith("Once upon a time")
