@@ -32,13 +32,13 @@ demo: $(VENV)/installed
 		--tokenizer data/demo_tokenizer --block_size 256 --out data/demo_chat
 	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 600 --batch_tokens 2048 --lr 3e-3 \
 		--val_every 150 --save_every 300
-	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 12 --batch_tokens 2048 \
+	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 5 --batch_tokens 2048 \
 		--lr 3e-3 --dropout 0 --val_every 150 --save_every 300 --best_by step
 	@echo; echo "--- The pretrained model continues a text:"
 	@$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 60 --temperature 0.6 --seed 1
-	@echo; echo "--- The finetuned model answers three questions:"
+	@echo; echo "--- The finetuned model answers three questions, with the most likely words:"
 	@for question in $(QUESTIONS); do \
-		echo "> $$question"; $(PY) generate.py --checkpoint runs/demo_chat --prompt "$$question" --seed 1 || exit; done
+		echo "> $$question"; $(PY) generate.py --checkpoint runs/demo_chat --prompt "$$question" --temperature 0 || exit; done
 	@echo; echo "It was trained on these questions: it recalls its training text, and makes up other answers."
 	@echo; $(PY) plot.py runs/demo runs/demo_chat --out runs/demo.png
 	@echo; echo "Chat with it: $(PY) generate.py --checkpoint runs/demo_chat --chat"

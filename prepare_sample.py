@@ -4,8 +4,8 @@
 
 The text is about 2 MB of English: the language reference that `help()` shows, and the docstrings of the standard
 library. The questions ask what well-known modules, functions, classes and methods do, each in two ways; some are small
-talk. Every question occurs alone and in a conversation of several. chat_val.jsonl has names that chat.jsonl does not
-have. The files depend on the version of the Python interpreter. Takes about 3 seconds.
+talk. Each occurs in several conversations. The names in chat_val.jsonl do not occur in chat.jsonl. The files depend on
+the version of the Python interpreter. Takes about 3 seconds.
 """
 
 import ast
@@ -30,18 +30,23 @@ from minigpt.cli import UserError
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo"}
 
 MODULES = """
-    argparse array asyncio base64 bisect calendar collections concurrent.futures contextlib copy csv dataclasses
-    datetime decimal difflib email enum fnmatch fractions functools getpass glob gzip hashlib heapq html http.server
-    importlib io itertools json logging math os os.path pathlib pickle pprint queue random re secrets shlex shutil
-    sqlite3 statistics string struct subprocess sys tempfile textwrap threading time timeit traceback unittest
-    urllib.parse urllib.request uuid warnings webbrowser zipfile zlib zoneinfo
+    argparse asyncio base64 bisect calendar collections contextlib copy csv dataclasses datetime decimal enum fnmatch
+    fractions functools glob gzip hashlib heapq html importlib io itertools json logging math os os.path pathlib pickle
+    pprint queue random re secrets shlex shutil sqlite3 statistics string struct subprocess sys tempfile textwrap
+    threading time timeit unittest urllib.parse uuid warnings webbrowser zipfile zlib
 """
 TYPES = "dict float int list set str tuple collections.Counter collections.deque pathlib.Path"  # for their methods
+COMMON_IN_OS = (  # of 300 functions
+    "path|access|chdir|chmod|chown|close|cpu_count|get_terminal_size|getcwd|getenv|getlogin|getpid|kill|link|listdir"
+    "|makedirs|mkdir|open|pipe|putenv|read|remove|removedirs|rename|replace|rmdir|scandir|stat|symlink|system|times"
+    "|umask|uname|unlink|urandom|utime|wait|walk|write"
+)
 OBSCURE = (
-    r"os\.([A-Z]|exec|f|get.*id|l|posix_|pread|pwrite|sched_|set|spawn)|sys\.(_|[gs]et_|\w*hook)"
+    rf"os\.(?!({COMMON_IN_OS})\b)|sys\.(_|[gs]et_|\w*hook)"
     r"|asyncio\.(Abstract|.*(Child|Protocol|Transport|[Uu]nix|policy|watcher))"
 )
 MAX_ANSWER_CHARS = 160
+REPEATS = 6  # number of conversations with the same question
 MAX_CONVERSATION_CHARS = 550  # fits into 256 tokens of the demo's vocabulary
 VAL_FRACTION = 0.03  # of the names
 
@@ -107,14 +112,15 @@ def main(config: Config) -> None:
     write_jsonl(config.out / "text.jsonl", [{"text": text} for text in texts])
     print(f"wrote {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} MB, to {config.out / 'text.jsonl'}")
 
-    pairs: dict[str, list[tuple[str, str]]] = {"chat": small_talk(), "chat_val": []}
+    pairs: dict[str, list[tuple[str, str]]] = {"chat": small_talk() * 3, "chat_val": []}  # a chat starts with it
     for item in objects:
         is_val = shards.hash_document(item.docstring.encode()) < VAL_FRACTION
         pairs["chat_val" if is_val else "chat"] += make_questions(item)
     for name, split in pairs.items():
-        records = [{"instruction": question, "context": "", "response": answer} for question, answer in split]
-        write_jsonl(config.out / f"{name}.jsonl", records + make_conversations(split))
-        print(f"wrote {len(split):,} questions with answers to {config.out / f'{name}.jsonl'}")
+        conversations = make_conversations(split, repeats=1 if name == "chat_val" else REPEATS)
+        write_jsonl(config.out / f"{name}.jsonl", conversations)
+        count = f"{len(set(split)):,} questions with answers in {len(conversations):,} conversations"
+        print(f"wrote {count} to {config.out / f'{name}.jsonl'}")
 
 
 def find_modules(library: Path) -> Iterator[tuple[str, Path]]:
@@ -221,17 +227,25 @@ def small_talk() -> list[tuple[str, str]]:
     return [(question, answer) for first, second, answer in lines for question in (first, second)]
 
 
-def make_conversations(pairs: list[tuple[str, str]]) -> list[dict]:
-    """Return the questions once more, in conversations of several, so that a model answers in long chats too."""
-    conversations: list[list[dict]] = []
-    length = MAX_CONVERSATION_CHARS
-    for question, answer in random.Random(0).sample(pairs, len(pairs)):
-        length += len(question) + len(answer)
-        if length > MAX_CONVERSATION_CHARS:
-            conversations.append([])
-            length = len(question) + len(answer)
-        conversations[-1] += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return [{"messages": messages} for messages in conversations]
+def make_conversations(pairs: list[tuple[str, str]], repeats: int) -> list[dict]:
+    """Return each question in `repeats` conversations of one to about ten questions, with others before it each time.
+
+    A model that sees a question alone, or always after the same one, does not answer it later in a chat. Every third
+    time the question is typed carelessly, "what does len do".
+    """
+    rng, conversations = random.Random(0), []
+    for repeat in range(repeats):
+        shuffled = rng.sample(pairs, len(pairs))
+        while shuffled:
+            messages: list[dict] = []
+            space = rng.uniform(0, MAX_CONVERSATION_CHARS)
+            while shuffled and (not messages or space >= sum(map(len, shuffled[-1]))):
+                question, answer = shuffled.pop()
+                typed = question if repeat % 3 < 2 else (question[0].lower() + question[1:]).rstrip("?!.")
+                messages += [{"role": "user", "content": typed}, {"role": "assistant", "content": answer}]
+                space -= len(question) + len(answer)
+            conversations.append({"messages": messages})
+    return conversations
 
 
 def write_jsonl(file: Path, records: list[dict]) -> None:

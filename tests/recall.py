@@ -40,7 +40,8 @@ def main(config: Config) -> None:
     print(f"{loaded.source}, temperature {config.temperature}")
     for name in ("chat", "chat_val"):
         lines = (config.sample / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        pairs = [record for record in map(json.loads, lines) if "instruction" in record]
+        texts = [message["content"] for line in lines for message in json.loads(line)["messages"]]
+        pairs = sorted(set(zip(texts[::2], texts[1::2], strict=True)))
         chosen = random.Random(0).sample(pairs, min(config.n, len(pairs)))
         misses = []
         for start in range(0, len(chosen), config.turns):
@@ -51,20 +52,20 @@ def main(config: Config) -> None:
             print(f"    {question}\n        answer    {answer}\n        expected  {expected}")
 
 
-def ask(loaded: PretrainedModel, pairs: list[dict], temperature: float) -> list[tuple[str, str, str]]:
+def ask(loaded: PretrainedModel, pairs: list[tuple[str, str]], temperature: float) -> list[tuple[str, str, str]]:
     """Ask questions in one conversation; return the (question, answer, expected answer) that differ."""
     params = SamplingParams(temperature=temperature, max_tokens=100)
     generator = make_generator(0, loaded.model.wte.weight.device)
     messages, misses = [], []
-    for pair in pairs:
-        messages.append({"role": "user", "content": pair["instruction"]})
+    for question, expected in pairs:
+        messages.append({"role": "user", "content": question})
         block_size = loaded.model.config.block_size
         prompt, _ = encode_prompt(loaded.tokenizer, messages, block_size, params.max_tokens)
         pieces = stream_text(loaded.model, loaded.tokenizer, prompt, params, generator)
         answer = "".join(piece or "" for [piece] in pieces)
         messages.append({"role": "assistant", "content": answer})
-        if answer != pair["response"]:
-            misses.append((pair["instruction"], answer, pair["response"]))
+        if answer != expected:
+            misses.append((question, answer, expected))
     return misses
 
 
