@@ -20,11 +20,11 @@ from typing import Literal
 from minigpt import cli
 from minigpt.cli import Progress, UserError
 from minigpt.files import atomic_rename, read_json, write_json
-from minigpt.sources import FINEWEB_EDU, FileSource, HubSource, TextSourceConfig, open_text_source, text_batches
+from minigpt.sources import FINEWEB_EDU, FileSource, HubSource, TextSourceConfig, open_text_source, plural, text_batches
 from minigpt.tokenizer import MAX_VOCAB_SIZE, Tokenizer, encode_utf8, load_tokenizer
 from minigpt.tokenizer_json import build_pre_tokenizer, byte_characters
 
-HELD_OUT_EVERY = 20  # every 20th document is not trained on, but measured
+HELD_OUT_EVERY = 20  # the second of every 20 documents is not trained on, but measured
 MAX_HELD_OUT_CHARS = 2_000_000
 
 
@@ -72,25 +72,22 @@ def is_complete(out: Path, meta: dict) -> bool:
 
 def read_texts(config: Config, source: FileSource | HubSource) -> tuple[list[str], list[str]]:
     """Return the documents to train on and the held-out ones, to measure the vocabulary on."""
+    documents = (text for batch, _ in text_batches(source, None, config.text_field) for text in batch if text.strip())
     texts: list[str] = []
     held_out: list[str] = []
-    progress, n_documents, n_held_out = Progress(config.max_chars, "character"), 0, 0
-    for batch, _ in text_batches(source, None, config.text_field):
-        for text in batch:
-            n_documents += 1
-            if n_documents % HELD_OUT_EVERY == 2 and n_held_out < MAX_HELD_OUT_CHARS:  # two documents are enough
-                n_held_out += len(text)
-                held_out.append(text)
-            else:
-                texts.append(text)
-            progress.update(min(len(text), config.max_chars - progress.done))
-            if progress.done == config.max_chars:
-                break
-        if progress.done == config.max_chars:
+    progress, n_held_out = Progress(None, "character"), 0
+    for number, text in enumerate(documents, 1):
+        if number % HELD_OUT_EVERY == 2 and n_held_out < MAX_HELD_OUT_CHARS:
+            n_held_out += len(text)
+            held_out.append(text)
+        else:
+            texts.append(text)
+        progress.update(len(text))
+        if progress.done >= config.max_chars:
             break
     progress.close()
     if not texts or not held_out:
-        raise UserError(f"the source has {n_documents} documents; at least two are needed: give more text")
+        raise UserError(f"the source has {plural(len(texts), 'document')}; at least two are needed: give more text")
     return texts, held_out
 
 
@@ -148,11 +145,14 @@ def print_summary(config: Config, tokenizer: Tokenizer, held_out: Sequence[str])
         print(f"; gpt2, with 50,257 tokens: {measure(load_tokenizer('gpt2'), held_out):.2f}")
     except UserError:
         print("; the gpt2 vocabulary is not available to compare")
-    files = " ".join(map(shlex.quote, config.files))
-    flags = f"--files {files}" if files else f"--dataset {shlex.quote(config.dataset)}"
+    names = ("files", "dataset", "name", "split", "text_field", "text_suffixes")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(Config, name)}
+    words = []
+    for name, value in given.items():
+        words += [f"--{name}", *(value if isinstance(value, tuple) else [value])]
     data = config.out.with_name(f"{config.out.name}_text")
-    flags += f" --tokenizer {shlex.quote(str(config.out))} --out {shlex.quote(str(data))}"
-    print(f"next: python {cli.script_path('prepare_fineweb.py')} {flags}")
+    words += ["--tokenizer", str(config.out), "--out", str(data)]
+    print(f"next: python {cli.script_path('prepare_fineweb.py')} {shlex.join(words)}")
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> float:

@@ -188,9 +188,9 @@ class Progress:
         self._show(postfix, self.done == self.total or self.updated - self.printed > self.interval())
 
     def update_fraction(self, fraction: float, note: str) -> None:
-        """Count a fraction of the next unit. Units of less than a second are shown when they are complete."""
+        """Count a fraction of the next unit. Units of less than a second are shown only when they are complete."""
         self.fraction, now = fraction, time.perf_counter()
-        if now - self.updated > 1:
+        if fraction < 1 and now - self.updated > 1:
             self._show(f"{note}  {self.postfix}".rstrip(), now - max(self.printed, self.started) > self.interval())
 
     def _show(self, postfix: str, print_line: bool) -> None:

@@ -83,13 +83,13 @@ def load_checkpoint(folder: Path) -> PretrainedModel:
     """Load a checkpoint. Raises `UserError` if it is corrupt, which names another checkpoint of the run."""
     try:
         meta = read_meta(folder)
-        model = load_model(folder, meta)
+        model, tokenizer = load_model(folder, meta), load_tokenizer(meta["tokenizer"], folder)
     except UserError as error:
         others = (other for other in reversed(list_checkpoints(folder.parent)) if other != folder and is_whole(other))
         other = next(others, None)
         raise UserError(f"{error}; use {other} instead, which is whole" if other else str(error)) from None
     history = [*meta.get("history", []), {key: meta.get(key) for key in ("source", "step", "metrics", "config")}]
-    return from_parts(model, load_tokenizer(meta["tokenizer"], folder), str(folder), history)
+    return from_parts(model, tokenizer, str(folder), history)
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -29,7 +29,7 @@ DOCUMENT_CHARS = (1024, 16_384)  # shortest and longest target length when text 
 
 
 class NetworkError(UserError):
-    """The network failed: running the same command again resumes."""
+    """A dataset on the hub cannot be read. If the network failed, running the same command again resumes."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class HubSource:
             options = {"name": self.name, "split": self.split, "streaming": True, "revision": self.revision}
             self.stream = load_dataset(self.dataset, **options).with_format("arrow")
         except Exception as error:  # the client raises many types: unknown name, no network, a private dataset
-            raise UserError(
+            raise NetworkError(
                 f"dataset {self.label} cannot be opened: {first_line(error)}; check the name and the network, or use"
                 " --files"
             ) from None

@@ -218,7 +218,7 @@ def setup_line_editing() -> None:
 
 @contextlib.contextmanager
 def discard_typing() -> Iterator[None]:
-    """Neither show nor read what is typed on the terminal meanwhile. Ctrl-C keeps its effect."""
+    """Hide and discard what is typed on the terminal inside a `with` block. Ctrl-C keeps its effect."""
     if not sys.stdin.isatty() or sys.platform == "win32":
         yield
         return

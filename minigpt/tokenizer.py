@@ -122,10 +122,15 @@ class Tokenizer:
         """Return the content of a tokenizer.json, for Hugging Face's libraries; `chat` adds the chat tokens."""
         return build_tokenizer_json(self.pattern, self.ranks, (END_OF_TEXT, *(CHAT_TOKENS if chat else ())))
 
+    @functools.cached_property
+    def text_json(self) -> str:
+        """Return the tokenizer.json without chat tokens. It is built once, since every checkpoint contains it."""
+        return self.to_json()
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json beside data or weights that need it; the built-in vocabularies need none."""
         if self.name not in BUILT_IN.values():
-            (folder / TOKENIZER_FILE).write_text(self.to_json(), encoding="utf-8")
+            (folder / TOKENIZER_FILE).write_text(self.text_json, encoding="utf-8")
 
 
 def load_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -82,6 +83,21 @@ def fails(run_script) -> Callable[..., str]:
 
     def run(*args: object, **options) -> str:
         return error_of(run_script(*args, expect=2, **options))
+
+    return run
+
+
+@pytest.fixture
+def prepare_in_process(tmp_path, monkeypatch) -> Callable[..., None]:
+    """Return a function that runs a preparation script in this process, on files in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py"])  # in the working directory
+    monkeypatch.setattr("minigpt.shards.lock_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no GPU
+
+    def run(script: ModuleType, *files: str, **flags) -> None:
+        flags = {"tokenizer": "bytes", "out": "out"} | flags
+        script.main(script.Config(files=files, **flags | {"out": Path(flags["out"])}))
 
     return run
 

@@ -168,7 +168,8 @@ def test_a_reload_keeps_the_conversation(page, served, chatterbox):
 
 @pytest.fixture
 def open_page(monkeypatch):
-    """Return a function that serves a page in this process and opens it in a browser; no other host is asked."""
+    """Return a function that serves a page in this process and opens it in a browser. The page requests nothing
+    from other hosts."""
     with contextlib.ExitStack() as stack:
 
         def open_page(loaded) -> Browser:

@@ -1,13 +1,13 @@
 """prepare_dolly.py as a subprocess: instructions and conversations in, tokens and loss mask out."""
 
 import csv
+import functools
 import gzip
 import hashlib
 import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -29,7 +29,7 @@ from minigpt.chat import encode_chat
 from minigpt.cli import UserError
 from minigpt.shards import PROGRESS_FILE
 from minigpt.tokenizer import load_tokenizer
-from prepare_dolly import Config, suggest_finetuning
+from prepare_dolly import suggest_finetuning
 
 SCRIPT = "prepare_dolly.py"
 SPLITS = ("train", "val")
@@ -614,18 +614,9 @@ def test_a_message_after_the_last_answer_is_dropped(prepare, tmp_path):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(prepare_in_process):
     """Run the script in this process, without a GPU, on files in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [SCRIPT])
-    monkeypatch.setattr(shards, "lock_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-
-    def run(*files: str, **flags) -> None:
-        flags = {"tokenizer": "bytes", "out": "out"} | flags
-        prepare_dolly.main(Config(files=files, **flags | {"out": Path(flags["out"])}))
-
-    return run
+    return functools.partial(prepare_in_process, prepare_dolly)
 
 
 def test_of_a_few_conversations_the_one_with_the_lowest_hash_is_for_validation(here, tmp_path, capsys):

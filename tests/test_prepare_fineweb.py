@@ -1,11 +1,11 @@
 """prepare_fineweb.py as a subprocess: text files in, shards out."""
 
+import functools
 import gzip
 import hashlib
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -222,18 +222,9 @@ def test_another_text_field(prepare, tmp_path):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(prepare_in_process):
     """Run the script in this process, without a GPU, on files in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [SCRIPT])
-    monkeypatch.setattr(shards, "lock_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-
-    def run(*files: str, **flags) -> None:
-        flags = {"tokenizer": "bytes", "out": "out"} | flags
-        prepare_fineweb.main(Config(files=files, **flags | {"out": Path(flags["out"])}))
-
-    return run
+    return functools.partial(prepare_in_process, prepare_fineweb)
 
 
 def paragraphs(n_chars: int) -> str:

@@ -94,6 +94,25 @@ def test_bytes_per_token_exceed_those_of_gpt2_in_another_language(tmp_path, gpt2
     )
 
 
+def test_the_next_command_reads_the_same_source(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("number,body\n" + "".join(f"{i},text {i} of many\n" for i in range(50)))
+    (tmp_path / "b.py").write_text("print(1)\n" * 50)
+    source = {"files": (str(tmp_path / "a.csv"), str(tmp_path / "b.py")), "text_field": "body"}
+    flags = source | {"text_suffixes": (".py",), "vocab_size": 270, "out": tmp_path / "out"}
+    prepare_tokenizer.main(prepare_tokenizer.Config(**flags))
+    command = capsys.readouterr().out.splitlines()[-1]
+    files = f"--files {tmp_path}/a.csv {tmp_path}/b.py"
+    assert f"{files} --text_field body --text_suffixes .py --tokenizer {tmp_path}/out --out" in command
+
+
+def test_empty_documents_are_not_held_out(tmp_path):
+    records = [{"text": text} for text in ("some words", " ", "other words")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = {"files": (str(tmp_path / "a.jsonl"),), "vocab_size": 258, "out": tmp_path / "out"}
+    prepare_tokenizer.main(prepare_tokenizer.Config(**flags))
+    assert load_tokenizer(str(tmp_path / "out")).vocab_size == 258
+
+
 def test_a_second_run_is_already_complete(tmp_path, capsys):
     train(tmp_path, GREEK, vocab_size=300)
     train(tmp_path, GREEK, vocab_size=300)
@@ -114,7 +133,7 @@ def test_fewer_tokens_than_asked_for_are_reported(tmp_path, capsys):
         (("--vocab_size", 65_001), "--vocab_size is 65001: it must be at least 258 and at most 65000"),
         (("--vocab_size", 257), "--vocab_size is 257: it must be at least 258"),
         (("--files", "none.txt"), "none.txt: no such file"),
-        (("--files", "one.txt"), "the source has 1 documents; at least two are needed"),
+        (("--files", "one.txt"), "the source has 1 document; at least two are needed"),
     ],
 )
 def test_mistakes_end_in_one_line(fails, tmp_path, flags, message):
@@ -143,7 +162,7 @@ def test_merges_that_ranks_cannot_express_are_rejected(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory) -> Path:
-    """Return a folder in which every script ran on a vocabulary of its own."""
+    """Return a folder in which each script was run with a trained vocabulary."""
     folder = tmp_path_factory.mktemp("walk")
     write_texts(folder / "text.jsonl", GREEK + CODE, n=120)
     pairs = [{"instruction": f"Ποιο πλοίο {i};", "context": "", "response": f"Το πλοίο {i}."} for i in range(80)]
