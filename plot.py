@@ -161,7 +161,8 @@ def set_y_scale(axis: Axes, panel: str, runs: list[Curves], smooth: float) -> No
     low, high = typical.min(), typical.max() if is_loss else max(y.max() for _, y in curves)
     if 0 < low * (2 if is_loss else 10) < typical.max():
         axis.set_yscale("log", subs=())
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if is_loss else (1, 3)))
+        is_short = is_loss and typical.max() < 20 * low  # more ticks would overlap
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if is_short else (1, 3)))
         axis.set_ylim(low * 0.97 if is_loss else low / 10, high * 1.1)
     else:
         margin = 0.05 * (high - low if is_loss else high) or 0.1

@@ -132,6 +132,13 @@ def test_axes_are_logarithmic_for_wide_ranges():
     assert set(wide.values()) == {"log"}
 
 
+def test_the_ticks_of_a_loss_over_three_decades_do_not_overlap():
+    axis = draw([dict(row, loss=5 * 0.93 ** row["step"]) for row in ROWS if "loss" in row])["Training loss"]
+    low, high = axis.get_ylim()
+    assert high / low > 500
+    assert 4 < sum(low < tick < high for tick in axis.get_yticks()) < 10
+
+
 def test_six_runs_look_different():
     panels = draw(*[ROWS] * 6)
     handles = panels[None].legends[0].legend_handles
