@@ -151,13 +151,13 @@ def test_a_reload_keeps_the_conversation(page, served, chatterbox):
     page.ask("talk")
     first = page.answer()
     page.open(served[0])
-    assert page.messages("user") == ["talk"] and page.messages("bot") == [first]
+    page.until(lambda: page.messages("user") == ["talk"] and page.messages("bot") == [first])
     page.fill("Temperature", 0)
     page.fill("Max tokens", 3000)
     page.ask("more")
     page.until(lambda: len(page.messages("bot")[-1]) > 50)  # longer than the first answer
     page.open(served[0])
-    assert page.messages("user") == ["talk", "more"] and page.messages("bot")[0] == first
+    page.until(lambda: page.messages("user") == ["talk", "more"] and page.messages("bot")[0] == first)
     typed = generate(chatterbox, "--chat", "--temperature", 0, "--max_tokens", 30, input="talk\nmore\n").splitlines()
     assert typed[1] == first and page.messages("bot")[1].startswith(typed[2])
     page.find("[aria-label=Clear]")[0].click()
