@@ -40,11 +40,11 @@ from minigpt import cli
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, parallelize, tune_malloc
+from minigpt.hf import config_to_hf
 from minigpt.inference import generate_tokens, optimize_for_inference
 from minigpt.metrics import min_seconds, peak_flops
 from minigpt.optim import build_optimizer
 from minigpt.prefetch import prefetch
-from minigpt.pretrained import config_to_hf
 from minigpt.sampling import SamplingParams
 from minigpt.shards import ShardWriter
 from minigpt.sources import FileSource, find_files, text_batches

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from minigpt import cli
 from minigpt.cli import CheckpointConfig, UserError
 from minigpt.files import atomic_rename, fsync, write_json
-from minigpt.pretrained import PretrainedModel, load_pretrained, save_hf
+from minigpt.hf import save_hf
+from minigpt.pretrained import PretrainedModel, load_pretrained
 from minigpt.sampling import SamplingParams
 from minigpt.tokenizer import TOKENIZER_FILE
 

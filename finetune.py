@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 
 from minigpt import cli, training
-from minigpt.checkpoint import find_best, find_newest
 from minigpt.cli import UserError, resumable
 from minigpt.dataset import ChatDataset, train_batches, val_batches
 from minigpt.distributed import init_processes, parallelize
@@ -28,6 +27,7 @@ from minigpt.optim import build_optimizer, get_lr
 from minigpt.prefetch import prefetch
 from minigpt.pretrained import PretrainedModel, load_pretrained
 from minigpt.run import Run
+from minigpt.runs import find_best, find_newest
 from minigpt.training import TrainConfig
 from model import GPT
 

@@ -38,13 +38,12 @@ import numpy as np
 from minigpt import cli, shards
 from minigpt.chat import encode_chat, to_messages
 from minigpt.cli import Progress, UserError
-from minigpt.files import read_json
+from minigpt.runs import RUNS, is_chat_run, list_checkpoints, list_runs, read_meta
 from minigpt.shards import FORMAT_VERSIONS, SPLITS, SplitChooser
 from minigpt.sources import DatasetConfig, FileSource, HubSource, data_suffix, find_files, plural
 from minigpt.tokenizer import Tokenizer, load_tokenizer
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-RUNS = Path("runs")
 COUNTS = ("records", "truncated", "dropped", "skipped_empty")
 
 
@@ -163,13 +162,12 @@ def find_pretrained_run(tokenizer: str, block_size: int) -> tuple[Path, dict] | 
 
     Its context is at least `block_size`.
     """
-    files = RUNS.glob("*/step_*/meta.json")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+    for run in reversed(list_runs()):
         with contextlib.suppress(UserError):  # corrupt
-            meta = read_json(file)
-            is_pretrained = meta.get("tokenizer") == tokenizer and "init" not in meta.get("identity", {})
-            if is_pretrained and meta["model"]["block_size"] >= block_size:
-                return file.parent.parent, meta["model"]
+            meta = read_meta(list_checkpoints(run)[-1])
+            fits = meta["tokenizer"] == tokenizer and meta["model"]["block_size"] >= block_size
+            if fits and not is_chat_run(run):
+                return run, meta["model"]
     return None
 
 

@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 
 from minigpt import cli, training
-from minigpt.checkpoint import find_best, list_checkpoints
 from minigpt.cli import UserError, resumable
 from minigpt.dataset import TokenDataset, train_batches, val_batches
 from minigpt.distributed import Processes, init_processes, parallelize
@@ -34,6 +33,7 @@ from minigpt.metrics import MetricsLogger, peak_flops
 from minigpt.optim import build_optimizer, get_lr
 from minigpt.prefetch import prefetch
 from minigpt.run import Run
+from minigpt.runs import find_best, list_checkpoints
 from minigpt.sampling import SamplingParams
 from minigpt.tokenizer import Tokenizer
 from minigpt.training import TrainConfig

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import tyro
 
-from minigpt import checkpoint, cli
+from minigpt import cli
 from minigpt.cli import Progress, UserError
 from minigpt.files import sha256
+from minigpt.runs import find_best, list_checkpoints, read_val_loss, verify
 from minigpt.shards import SPLITS, open_arrays, read_meta
 
 
@@ -29,8 +30,8 @@ class Config:
 
 def main(config: Config) -> None:
     folders = [found for path in config.paths for found in find_folders(Path(path))]
-    runs = {folder.parent for folder in folders if is_checkpoint(folder) and checkpoint.list_checkpoints(folder.parent)}
-    best = {folder for folder in map(checkpoint.find_best, runs) if checkpoint.read_val_loss(folder) < math.inf}
+    runs = {folder.parent for folder in folders if is_checkpoint(folder) and list_checkpoints(folder.parent)}
+    best = {folder for folder in map(find_best, runs) if read_val_loss(folder) < math.inf}
     n_files = {folder: sum(1 for _ in folder.iterdir()) for folder in folders}
     progress = Progress(sum(n_files.values()), "file", enabled=sys.stderr.isatty())  # elsewhere the table is enough
     print_line = progress.print if progress.enabled else print
@@ -40,7 +41,7 @@ def main(config: Config) -> None:
     for folder in n_files:
         try:
             if is_checkpoint(folder):
-                checkpoint.verify(folder)
+                verify(folder)
             else:
                 verify_dataset(folder, progress)
             state = "whole"
@@ -61,8 +62,8 @@ def find_folders(path: Path) -> list[Path]:
         raise UserError(f"{path}: no such folder; give a run, a folder of runs, a checkpoint or a dataset folder")
     if is_checkpoint(path) or (path / "meta.json").exists():
         return [path]
-    found = checkpoint.list_checkpoints(path)
-    found = found or [step for run in sorted(path.iterdir()) for step in checkpoint.list_checkpoints(run)]
+    found = list_checkpoints(path)
+    found = found or [step for run in sorted(path.iterdir()) for step in list_checkpoints(run)]
     if not found:
         raise UserError(f"{path} holds no checkpoints and no meta.json: there are no checksums to compare")
     return found
@@ -86,7 +87,7 @@ def verify_dataset(folder: Path, progress: Progress) -> None:
 
 def format_figures(folder: Path) -> str:
     """Return the columns validation loss, size and date."""
-    val_loss = checkpoint.read_val_loss(folder) if is_checkpoint(folder) else math.inf
+    val_loss = read_val_loss(folder) if is_checkpoint(folder) else math.inf
     loss = f"{val_loss:.4f}" if val_loss < math.inf else "-"
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     meta = folder / "meta.json"

@@ -120,6 +120,11 @@ def strip_control_chars(text: str) -> str:
     return text.translate(CONTROL_CHARS)
 
 
+def plural(n: int, noun: str) -> str:
+    """Return "1 shard" or "2 shards"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def check_range(name: str, value: float | None, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """Raise `UserError` unless `low <= value <= high` (`low < value` with `open_low`) or `value` is None."""
     if value is None:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint import list_checkpoints
 from minigpt.cli import Progress, UserError, strip_control_chars
 from minigpt.distributed import Processes
 from minigpt.run import Run
+from minigpt.runs import list_checkpoints
 from model import GPT
 
 # Peak of dense bf16 matrix products in FLOP/s, from the data sheets, by a part of the GPU's name.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minigpt import checkpoint
+from minigpt import checkpoint, runs
 from minigpt.cli import UserError
 from minigpt.dataset import Dataset
 from minigpt.distributed import Processes
@@ -51,17 +51,17 @@ class Run:
         self.identity["data"] = data.fingerprint
         names = [item.name for item in self.folder.iterdir()] if self.folder.exists() else []
         is_new = all(name in RUN_FILES or name.startswith("step_") for name in names)
-        if not (is_new or checkpoint.list_checkpoints(self.folder)):
+        if not (is_new or runs.list_checkpoints(self.folder)):
             raise UserError(f"{self.folder} already exists and is not a run: choose another --out")
         if procs.is_main:
             lock_folder(self.folder)
-        self.newest_checkpoint = checkpoint.find_newest(self.folder, warn=procs.is_main)
+        self.newest_checkpoint = runs.find_newest(self.folder, warn=procs.is_main)
         self.stop_reason, self.started, self.signal_time = "", time.monotonic(), 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self.saved_flags: dict = {}
         if self.newest_checkpoint is not None:
-            meta = checkpoint.read_meta(self.newest_checkpoint)
+            meta = runs.read_meta(self.newest_checkpoint)
             self._check_same(meta.get("identity", {}), self.identity)
             self.saved_flags = meta.get("config", {})
             self.history = meta.get("history", [])
@@ -85,7 +85,7 @@ class Run:
         """
         step = None
         if self.newest_checkpoint is not None:
-            meta = checkpoint.read_meta(self.newest_checkpoint)
+            meta = runs.read_meta(self.newest_checkpoint)
             saved = asdict(GPTConfig()) | meta["model"]  # a field that is newer than the checkpoint has its default
             self._check_same(saved, asdict(model.config))
             model.load_state_dict(checkpoint.load_tensors(self.newest_checkpoint, "model", meta))
@@ -97,7 +97,7 @@ class Run:
                 " share"
             )
         if self.procs.is_main:
-            found = checkpoint.list_checkpoints(self.folder)
+            found = runs.list_checkpoints(self.folder)
             newer = found[found.index(self.newest_checkpoint) + 1 :] if self.newest_checkpoint else []
             for folder in newer:  # corrupt
                 checkpoint.discard(folder)

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt.cli import UserError
+from minigpt.cli import UserError, plural
 from minigpt.files import atomic_rename, lock_folder, read_json, sha256, write_json
-from minigpt.sources import plural
 from minigpt.tokenizer import TOKENIZER_FILE
 
 FORMAT_VERSIONS = {"text": 1, "chat": 2}

@@ -82,7 +82,7 @@ def survive(kills: int, data: Path, work: Path, report=lambda line: None) -> int
 
     Raises `AssertionError` if a run does not resume, loses a checkpoint, or differs from an uninterrupted run.
     """
-    from minigpt import checkpoint
+    from minigpt.runs import find_newest
 
     args = ("pretrain.py", "--data", data, *FLAGS, *OFTEN)
     done = launch(*args, "--out", work / "uninterrupted")
@@ -99,7 +99,7 @@ def survive(kills: int, data: Path, work: Path, report=lambda line: None) -> int
                 break
             assert done.returncode == -signal.SIGKILL, done.stderr
             survived += 1
-            found = checkpoint.find_newest(run)
+            found = find_newest(run)
             step = int(found.name[5:]) if found else -1
             assert step >= newest, f"kill {survived} lost step {newest}"
             newest = step
@@ -112,9 +112,9 @@ def survive(kills: int, data: Path, work: Path, report=lambda line: None) -> int
 
 def assert_equal(one: Path, other: Path) -> None:
     """Check that the last checkpoints are equal bit for bit, the logs except for times, and that no files are left."""
-    from minigpt import checkpoint
+    from minigpt.runs import list_checkpoints
 
-    ends = [checkpoint.list_checkpoints(run)[-1] for run in (one, other)]
+    ends = [list_checkpoints(run)[-1] for run in (one, other)]
     assert ends[0].name == ends[1].name
     for file in ("model.safetensors", "train_state.safetensors"):
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), f"{file} differs"

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from minigpt import checkpoint
+from minigpt import checkpoint, runs
 from minigpt.cli import UserError
 from minigpt.optim import build_optimizer
 from minigpt.pretrained import load_pretrained
@@ -92,7 +92,7 @@ def test_weights_and_optimizer_load_bit_for_bit(saved):
     model, optimizer = trained()
     train(model, optimizer, range(3, 6))
 
-    meta = checkpoint.read_meta(saved)
+    meta = runs.read_meta(saved)
     again = checkpoint.load_model(saved, meta)
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in trained()[0].state_dict().items())
     assert again.config == CONFIG and all(p.requires_grad and not p.is_meta for p in again.parameters())
@@ -108,7 +108,7 @@ def test_weights_and_optimizer_load_bit_for_bit(saved):
 
 def test_loading_changes_no_file(saved):
     before = contents(saved)
-    meta = checkpoint.read_meta(saved)
+    meta = runs.read_meta(saved)
     model = checkpoint.load_model(saved, meta)
     optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.1)
     checkpoint.load_optimizer_state_dict(saved, meta, model, optimizer)
@@ -126,10 +126,10 @@ def test_tensor_names_are_the_parameter_names(saved):
 
 def test_meta_describes_the_checkpoint(saved):
     assert sorted(path.name for path in saved.iterdir()) == FILES
-    meta = checkpoint.read_meta(saved)
+    meta = runs.read_meta(saved)
     files = meta.pop("files")
     assert meta == {
-        "version": checkpoint.FORMAT_VERSION,
+        "version": runs.FORMAT_VERSION,
         "model": asdict(CONFIG),
         "step": 3,
         "tokenizer": "bytes",
@@ -142,7 +142,7 @@ def test_meta_describes_the_checkpoint(saved):
 def test_noncontiguous_state_is_saved(run):
     transposed = torch.arange(6.0).view(2, 3).t()
     checkpoint.save(run / "step_000001", tiny_model(), load_tokenizer("bytes"), {"exp_avg.wte.weight": transposed}, {})
-    loaded = checkpoint.load_tensors(run / "step_000001", "train_state", checkpoint.read_meta(run / "step_000001"))
+    loaded = checkpoint.load_tensors(run / "step_000001", "train_state", runs.read_meta(run / "step_000001"))
     assert torch.equal(loaded["exp_avg.wte.weight"], transposed)
 
 
@@ -151,7 +151,7 @@ def test_noncontiguous_state_is_saved(run):
 
 def load_all(folder: Path) -> None:
     """Load everything that a resumed run loads."""
-    meta = checkpoint.read_meta(folder)
+    meta = runs.read_meta(folder)
     model = checkpoint.load_model(folder, meta)
     checkpoint.load_optimizer_state_dict(folder, meta, model, build_optimizer(model, lr=1e-2, weight_decay=0.1))
 
@@ -189,14 +189,14 @@ def test_corrupt_tensors_are_rejected(saved, name, corrupt):
 @pytest.mark.parametrize("text", ["", '{"version": 1', "[]", "\xff"])
 def test_invalid_meta_is_rejected(saved, text):
     (saved / "meta.json").write_bytes(text.encode("latin-1"))
-    message = error_message(checkpoint.read_meta, saved)
+    message = error_message(runs.read_meta, saved)
     assert str(saved / "meta.json") in message and "corrupt" in message
     assert error_message(load_pretrained, str(saved)) == message
 
 
 def test_missing_meta_is_rejected(saved):
     (saved / "meta.json").unlink()
-    assert f"{saved} is not a checkpoint" in error_message(checkpoint.read_meta, saved)
+    assert f"{saved} is not a checkpoint" in error_message(runs.read_meta, saved)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
@@ -282,7 +282,7 @@ def test_failed_write_leaves_nothing(run, monkeypatch, step, at_call, error):
     assert [path.name for path in run.iterdir()] == ["step_000001"]
     assert contents(run) == before
     save_checkpoint(run / "step_000002")  # the next write succeeds
-    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step_000001", "step_000002"]
+    assert [path.name for path in runs.list_checkpoints(run)] == ["step_000001", "step_000002"]
 
 
 class Killed(BaseException):
@@ -297,7 +297,7 @@ def test_killed_write_is_not_a_checkpoint(run, monkeypatch, step):
         with pytest.raises(Killed):
             save_checkpoint(run / "step_000002", tiny_model(2), val_loss=1.0)
     assert (run / "step_000002.tmp").exists() and not (run / "step_000002").exists()
-    assert checkpoint.list_checkpoints(run) == [run / "step_000001"]
+    assert runs.list_checkpoints(run) == [run / "step_000001"]
     assert torch.equal(load_pretrained(str(run)).model.wpe.weight, tiny_model(1).wpe.weight)
     (run / "step_000002.tmp" / "leftover").touch()
     save_checkpoint(run / "step_000002", tiny_model(2), val_loss=1.0)  # deletes the leftovers
@@ -340,17 +340,17 @@ def test_checkpoints_are_listed_by_step(run):
     for step in (1_000_000, 2, 999_999, 10, 1_000_001):
         save_checkpoint(run / f"step_{step:06d}")
     expected = ["step_000002", "step_000010", "step_999999", "step_1000000", "step_1000001"]
-    assert names(checkpoint.list_checkpoints(run)) == expected
+    assert names(runs.list_checkpoints(run)) == expected
 
 
 def test_only_complete_checkpoints_are_listed(run):
-    assert checkpoint.list_checkpoints(run) == []
+    assert runs.list_checkpoints(run) == []
     save_checkpoint(run / "step_000001")
     (run / "step_000002").mkdir()
     save_checkpoint(run / "step_000003").rename(run / "step_000003.tmp")
     save_checkpoint(run / "step_000004").rename(run / "step_000004_copy")
     (run / "log.jsonl").touch()
-    assert names(checkpoint.list_checkpoints(run)) == ["step_000001"]
+    assert names(runs.list_checkpoints(run)) == ["step_000001"]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_only_complete_checkpoints_are_listed(run):
 def test_best_has_the_lowest_validation_loss(run, losses, expected):
     for step, loss in enumerate(losses):
         save_checkpoint(run / f"step_{step:06d}", val_loss=loss)
-    assert checkpoint.find_best(run).name == expected
+    assert runs.find_best(run).name == expected
 
 
 @pytest.mark.parametrize(("best_by", "expected"), [("val_loss", "step_000000"), ("step", "step_000002")])
@@ -377,9 +377,9 @@ def test_best_by(run, best_by, expected):
     for step in range(3):
         saved = {} if step == 0 else {"config": {"best_by": best_by if step == 2 else "step"}}
         save_checkpoint(run / f"step_{step:06d}", val_loss=step, **saved)
-    assert checkpoint.find_best(run).name == expected
+    assert runs.find_best(run).name == expected
     checkpoint.prune(run, keep=1)
-    assert names(checkpoint.list_checkpoints(run)) == sorted({expected, "step_000002"})
+    assert names(runs.list_checkpoints(run)) == sorted({expected, "step_000002"})
 
 
 @pytest.mark.parametrize(
@@ -407,4 +407,4 @@ def test_interrupted_deletion_leaves_no_partial_checkpoint(run, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "rmtree", failing(lambda *_, **__: None, Killed(), 2))
     with pytest.raises(Killed):
         checkpoint.prune(run, 2)
-    assert names(checkpoint.list_checkpoints(run)) == ["step_000001", "step_000002"]
+    assert names(runs.list_checkpoints(run)) == ["step_000001", "step_000002"]

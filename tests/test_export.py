@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from export import CHAT_TEMPLATE, model_card
-from minigpt import checkpoint
+from minigpt import checkpoint, runs
 from minigpt.chat import encode_chat
 from minigpt.cli import UserError
 from minigpt.pretrained import load_pretrained
@@ -44,7 +44,7 @@ def memorized(tmp_path_factory, finetuned) -> Path:
         optimizer.zero_grad()
     assert loss / sum(loss_mask) < 0.1
     folder = tmp_path_factory.mktemp("memorized") / "run" / "step_000072"
-    meta = checkpoint.read_meta(finetuned / "step_000012")
+    meta = runs.read_meta(finetuned / "step_000012")
     checkpoint.save(folder, loaded.model, loaded.tokenizer, {}, meta)
     return folder.parent
 

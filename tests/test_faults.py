@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, TRAIN, TUNE, error_of, read_log, start
 from torch import nn
 
-from minigpt import checkpoint
+from minigpt import checkpoint, runs
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes
@@ -143,9 +143,7 @@ def test_a_signal_saves_and_stops(text_data, whole, tmp_path, number):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED == 75 and f"stopped by {number.name} after step" in output
     last = read_log(tmp_path / "run")[-1]["step"]
-    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")] == [
-        f"step_{last:06d}"
-    ] and last < 100
+    assert [folder.name for folder in runs.list_checkpoints(tmp_path / "run")] == [f"step_{last:06d}"] and last < 100
     start(*args, cwd=tmp_path)
     soak.assert_equal(whole, tmp_path / "run")
 
@@ -158,7 +156,7 @@ def test_a_signal_to_torchrun_stops_all_processes(text_data, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "stopped by SIGTERM" in output
     last = read_log(tmp_path / "run")[-1]["step"]
-    assert checkpoint.find_newest(tmp_path / "run").name == f"step_{last:06d}"
+    assert runs.find_newest(tmp_path / "run").name == f"step_{last:06d}"
 
 
 def test_a_signal_to_one_process_stops_all(text_data, tmp_path):
@@ -168,7 +166,7 @@ def test_a_signal_to_one_process_stops_all(text_data, tmp_path):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
-    assert "stopped by" in output and checkpoint.find_newest(tmp_path / "run") is not None
+    assert "stopped by" in output and runs.find_newest(tmp_path / "run") is not None
 
 
 def test_a_second_interrupt_exits_at_once(text_data, tmp_path):
@@ -183,7 +181,7 @@ def test_a_second_interrupt_exits_at_once(text_data, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=10)
     assert "\nstopping after this step; press Ctrl-C again to stop now\n" in output
-    assert process.returncode == 130 and not checkpoint.list_checkpoints(tmp_path / "run")
+    assert process.returncode == 130 and not runs.list_checkpoints(tmp_path / "run")
 
 
 def test_the_clock_stops_finetuning_too(run_script, pretrained, chat_data, tmp_path):
@@ -226,7 +224,7 @@ def test_no_new_start_if_all_checkpoints_are_corrupt(fails, pretrained, text_dat
     command = ("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN)
     done = start(*command, cwd=tmp_path, expect=2)
     assert "error: all checkpoints of run are corrupt" in done.stderr
-    assert len(checkpoint.list_checkpoints(tmp_path / "run")) == 2
+    assert len(runs.list_checkpoints(tmp_path / "run")) == 2
 
 
 # ---- a full disk, no permission --------------------------------------------------------------------------------------
@@ -250,7 +248,7 @@ def test_a_full_disk_costs_no_checkpoint(text_data, small_disk, tmp_path):
     args = ("pretrain.py", "--data", text_data, "--out", small_disk / "run", *TRAIN, "--save_every", 4, "--keep", 9)
     done = start(*args, cwd=tmp_path, expect=2)
     assert f"{small_disk}/run/step_0000" in done.stderr and "unchanged" in done.stderr, done.stderr
-    kept = checkpoint.find_newest(small_disk / "run")
+    kept = runs.find_newest(small_disk / "run")
     assert kept is not None and not list((small_disk / "run").glob("*.tmp"))
     (small_disk / "ballast").unlink()
     start(*args, cwd=tmp_path)
@@ -341,9 +339,7 @@ def test_a_run_with_non_finite_losses_stops(tmp_path, text_data):
     assert "run/step_000012" in done.stderr
     skipped = [row for row in read_log(tmp_path / "run") if row.get("skipped")]
     assert [row["step"] for row in skipped] == [9, 10, 11, 12, 13] and skipped[0]["loss"] is None
-    weights = checkpoint.load_model(
-        tmp_path / "run" / "step_000012", checkpoint.read_meta(tmp_path / "run/step_000012")
-    )
+    weights = checkpoint.load_model(tmp_path / "run" / "step_000012", runs.read_meta(tmp_path / "run/step_000012"))
     assert all(weight.isfinite().all() for weight in weights.state_dict().values())
 
 

@@ -11,10 +11,11 @@ from test_model import assert_close, random_tokens, small_model
 from test_pretrained import save_nanogpt
 
 from finetune import add_chat_tokens
-from minigpt import checkpoint
+from minigpt import checkpoint, runs
 from minigpt.dataset import ChatDataset
 from minigpt.distributed import Processes
-from minigpt.pretrained import load_pretrained, save_hf
+from minigpt.hf import save_hf
+from minigpt.pretrained import load_pretrained
 from minigpt.tokenizer import load_tokenizer
 from minigpt.training import validate
 from model import GPT, IGNORE_INDEX, GPTConfig
@@ -36,7 +37,7 @@ def test_learns_to_answer(finetuned, pretrained):
 
 def test_validation_is_the_mean_over_what_the_assistant_says(finetuned, chat_data):
     """The logged loss equals the loss of the conversations one by one, unpacked, over their targets."""
-    best = checkpoint.find_best(finetuned)
+    best = runs.find_best(finetuned)
     model = load_pretrained(str(best)).model.eval()
     tokens, loss_mask, offsets = ChatDataset(chat_data, 64).arrays["val"]
     total = count = 0
@@ -46,7 +47,7 @@ def test_validation_is_the_mean_over_what_the_assistant_says(finetuned, chat_dat
         with torch.no_grad():
             total += model(row[:, :-1], targets).item()
         count += int(loss_mask[begin + 1 : end].sum())
-    assert checkpoint.read_meta(best)["metrics"]["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert runs.read_meta(best)["metrics"]["val_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_packed_loss_equals_unpacked(chat_data):

@@ -13,9 +13,10 @@ from test_pretrained import save_nanogpt
 
 import chat_web
 import generate
-from minigpt import checkpoint
+from minigpt import checkpoint, runs
 from minigpt.chat import encode_prompt
-from minigpt.pretrained import load_pretrained, save_hf
+from minigpt.hf import save_hf
+from minigpt.pretrained import load_pretrained
 from minigpt.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -146,7 +147,7 @@ def test_chat_takes_the_newest_chat_run(finetuned, pretrained, tmp_path, monkeyp
     (tmp_path / "runs").mkdir()
     for name, run, time in (("chat", finetuned, 1e9), ("text", pretrained, 2e9)):
         shutil.copytree(run, tmp_path / "runs" / name)
-        newest = checkpoint.list_checkpoints(tmp_path / "runs" / name)[-1]
+        newest = runs.list_checkpoints(tmp_path / "runs" / name)[-1]
         os.utime(newest / "meta.json", (time, time))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
@@ -164,7 +165,7 @@ def test_corrupt_checkpoints(fails, finetuned, tmp_path):
     for name, words in {"model.safetensors": "corrupt or truncated", "meta.json": "is corrupt"}.items():
         folder = tmp_path / name / "step_000001"
         folder.mkdir(parents=True)
-        for file in checkpoint.list_checkpoints(finetuned)[-1].iterdir():
+        for file in runs.list_checkpoints(finetuned)[-1].iterdir():
             data = file.read_bytes()
             (folder / file.name).write_bytes(data[: len(data) // 2] if file.name == name else data)
         assert words in fails("generate.py", "--checkpoint", folder, "--prompt", "a")

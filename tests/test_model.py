@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pretrain
+from minigpt.hf import load_hf, save_hf
 from minigpt.inference import generate_tokens
-from minigpt.pretrained import load_hf, save_hf
 from minigpt.sampling import SamplingParams
 from model import GPT, IGNORE_INDEX, MAX_LOGITS, PRESETS, GPTConfig, KVCache, eval_mode
 

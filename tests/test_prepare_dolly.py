@@ -24,7 +24,7 @@ import pytest
 from conftest import ROOT, error_of
 
 import prepare_dolly
-from minigpt import chat, shards
+from minigpt import chat, runs, shards
 from minigpt.chat import encode_chat
 from minigpt.cli import UserError
 from minigpt.shards import PROGRESS_FILE
@@ -656,7 +656,8 @@ def make_run(name: str, age: int, tokenizer: str = "bytes", init: bool = False, 
     file.parent.mkdir(parents=True)
     identity = {"lr": 1} | ({"init": "x"} if init else {})
     model = {"block_size": 1024, "n_embd": 768} | sizes
-    file.write_text(json.dumps({"tokenizer": tokenizer, "identity": identity, "model": model}))
+    meta = {"version": runs.FORMAT_VERSION, "files": {}, "metrics": {}}
+    file.write_text(json.dumps(meta | {"tokenizer": tokenizer, "identity": identity, "model": model}))
     os.utime(file, (2_000_000_000 - age,) * 2)
 
 

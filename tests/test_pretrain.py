@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_shards import write_bin
 
 import evaluate
-from minigpt import checkpoint
+from minigpt import checkpoint, runs
 from minigpt.dataset import TokenDataset, global_rows
 
 
@@ -33,13 +33,13 @@ def test_learns_and_logs(pretrained):
 
 
 def test_checkpoints_are_validated_and_described(pretrained):
-    folders = checkpoint.list_checkpoints(pretrained)
+    folders = runs.list_checkpoints(pretrained)
     assert [folder.name for folder in folders] == ["step_000006", "step_000012"]
     rows = [row for row in read_log(pretrained) if "val_loss" in row]
     validations = {row.pop("step"): row for row in rows if row.pop("tokens") >= 0}
     assert all(row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=0.01) for row in rows)
     for folder in folders:
-        meta = checkpoint.read_meta(folder)
+        meta = runs.read_meta(folder)
         assert meta["metrics"] == validations[meta["step"]]
         assert meta["tokenizer"] == "bytes" and meta["model"]["vocab_size"] == 257
         assert meta["identity"]["lr"] == 3e-3 and meta["identity"]["data"]
@@ -51,7 +51,7 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
     assert "1,024 tokens per step = 8 rows x 64 tokens x 1 processes x 2 micro-batches" in done.stdout
     assert "tiny: 35,744 parameters" in done.stdout
     assert "left" in done.stdout and "MFU" not in done.stdout and not done.stderr
-    kept = {folder.name for folder in checkpoint.list_checkpoints(tmp_path / "runs" / "mine")}
+    kept = {folder.name for folder in runs.list_checkpoints(tmp_path / "runs" / "mine")}
     assert "step_000012" in kept and len(kept) <= 2  # the newest, and the best if that is another
     assert "step 0: validation loss 5.5" in done.stdout  # ln 257 = 5.549: the loss of uniform predictions
     assert f"next: python {ROOT}/generate.py --checkpoint runs/mine --prompt 'Once upon a time'\n" in done.stdout
@@ -151,7 +151,7 @@ def test_bfloat16_trains(run_script, text_data, pretrained, tmp_path):
     run_script("pretrain.py", "--data", text_data, "--out", "./half", *TRAIN, "--dtype", "bfloat16")
     assert losses(tmp_path / "half") != losses(pretrained)
     assert losses(tmp_path / "half") == pytest.approx(losses(pretrained), rel=2e-2)
-    weights = load_file(checkpoint.list_checkpoints(tmp_path / "half")[-1] / "model.safetensors")
+    weights = load_file(runs.list_checkpoints(tmp_path / "half")[-1] / "model.safetensors")
     assert all(str(weight.dtype) == "torch.float32" for weight in weights.values())
 
 
@@ -240,7 +240,7 @@ def test_dry_run_reports_a_disk_that_is_too_small(fails, text_data, tmp_path):
 
 def test_dry_run_predicts_the_size_of_checkpoints(pretrained):
     """Equal to the size on disk, up to the headers of the files."""
-    meta = checkpoint.read_meta(pretrained / "step_000012")
+    meta = runs.read_meta(pretrained / "step_000012")
     model = checkpoint.load_model(pretrained / "step_000012", meta)
     real = sum(file.stat().st_size for file in (pretrained / "step_000012").glob("*.safetensors"))
     assert 12 * sum(p.numel() for p in model.parameters()) == pytest.approx(real, rel=0.15) and real > 100_000
@@ -254,7 +254,7 @@ def test_trains_on_the_shards_of_other_repositories(run_script, gpt2_tokenizer, 
         write_bin(tmp_path / "fineweb10B" / f"fineweb_{name}.bin", part)
     sizes = ("--model", "tiny", "--steps", 2, "--batch_tokens", 128, "--micro_batch_size", 2, "--val_tokens", 1280)
     run_script("pretrain.py", "--data", "fineweb10B", "--out", "runs/mine", *sizes)
-    assert checkpoint.read_meta(tmp_path / "runs/mine/step_000002")["tokenizer"] == "gpt2"
+    assert runs.read_meta(tmp_path / "runs/mine/step_000002")["tokenizer"] == "gpt2"
     folder, file = str(tmp_path / "fineweb10B"), tmp_path / "figures.jsonl"
     flags = {"data": (folder,), "max_tokens": 1280, "hellaswag": False, "json": file, "device": "cpu"}
     evaluate.main(evaluate.Config(str(tmp_path / "runs" / "mine"), **flags))

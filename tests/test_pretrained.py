@@ -17,7 +17,8 @@ from test_model import SMALL, assert_close, random_tokens, small_model
 from torch import nn
 
 from minigpt.cli import UserError
-from minigpt.pretrained import load_hf, load_pretrained, save_hf
+from minigpt.hf import load_hf, save_hf
+from minigpt.pretrained import load_pretrained
 from minigpt.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 

@@ -11,7 +11,7 @@ import torch
 
 import finetune
 import pretrain
-from minigpt import checkpoint, run
+from minigpt import checkpoint, run, runs
 from minigpt.cli import UserError, resumable
 from minigpt.distributed import Processes
 from minigpt.metrics import MetricsLogger
@@ -134,7 +134,7 @@ def test_only_the_first_process_writes(flags):
     run.procs, run.config = replace(SINGLE, rank=1), replace(flags, report_to=("tensorboard",))
     MetricsLogger(run, model, 0, 1, 16, 1.0).log_validation(0, 1.0)
     run.save(1, model, optimizer, {})
-    assert not run.log_file.exists() and not checkpoint.list_checkpoints(run.folder)
+    assert not run.log_file.exists() and not runs.list_checkpoints(run.folder)
     assert not (run.folder / "tensorboard").exists()
 
 

@@ -21,9 +21,10 @@ from conftest import ROOT, error_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minigpt import sources
+from minigpt import readers
 from minigpt.cli import UserError
-from minigpt.sources import FileSource, HubSource, find_files, read_files
+from minigpt.readers import read_files
+from minigpt.sources import FileSource, HubSource, find_files
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SUPPORTED = ".txt or .jsonl or .parquet (also with .gz or .zst, except .parquet)"
@@ -302,7 +303,7 @@ SHORT = 8  # in place of DOCUMENT_CHARS, so that short texts have many documents
 
 def document_chars(n: int):
     """Cut text files into documents of this length."""
-    return mock.patch.object(sources, "DOCUMENT_CHARS", (n, n))
+    return mock.patch.object(readers, "DOCUMENT_CHARS", (n, n))
 
 
 @settings(deadline=None, max_examples=150)
@@ -413,7 +414,7 @@ def test_a_compressed_file_is_not_read_into_memory_whole(folder):
             for _ in range(lines):
                 stream.write(json.dumps({"text": "word " * 20_000}).encode() + b"\n")
     code = (
-        "import resource, sys; from pathlib import Path; from minigpt.sources import read_files\n"
+        "import resource, sys; from pathlib import Path; from minigpt.readers import read_files\n"
         "print(sum(len(record['text']) for _, record in read_files([Path(sys.argv[1])])))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minigpt import checkpoint
+from minigpt.runs import read_val_loss
 
 SCRIPT = "verify.py"
 
@@ -35,7 +35,7 @@ def states(done) -> dict[str, str]:
 
 def test_checkpoints_are_listed(run_script, pretrained, runs):
     """All runs of a folder, one run, or one checkpoint: loss, size, state, and which one is the best."""
-    losses = {step: checkpoint.read_val_loss(pretrained / f"step_{step:06d}") for step in (6, 12)}
+    losses = {step: read_val_loss(pretrained / f"step_{step:06d}") for step in (6, 12)}
     assert losses[12] < losses[6]
     lines = run_script(SCRIPT).stdout.splitlines()
     assert run_script(SCRIPT, "runs/").stdout.splitlines() == lines and len(lines) == 5

@@ -1,0 +1,130 @@
+"""Runs under runs/ and the checkpoints in them: list, choose and verify.
+
+This module does not import torch, so that preparations start fast.
+"""
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+
+from minigpt.cli import UserError
+from minigpt.files import read_json, sha256
+
+FORMAT_VERSION = 1
+RUNS = Path("runs")
+
+
+def find_newest_run(chat: bool) -> Path:
+    """Return the run under runs/ with the newest checkpoint, or the newest chat run. Raises `UserError` if none."""
+    runs = [run for run in list_runs() if is_chat_run(run) or not chat]
+    if runs:
+        return runs[-1]
+    if chat:
+        raise UserError(
+            f"no chat run under runs/: finetune a model with finetune.py, or give --checkpoint; {format_runs()}"
+        )
+    raise UserError("no run under runs/: train a model with pretrain.py, or give --checkpoint")
+
+
+def list_runs() -> list[Path]:
+    """Return the runs under runs/ that have a checkpoint, the one with the newest checkpoint last."""
+    newest = {run: checkpoints[-1] for run in RUNS.glob("*") if (checkpoints := list_checkpoints(run))}
+    return sorted(newest, key=lambda run: (newest[run] / "meta.json").stat().st_mtime)
+
+
+def is_chat_run(run: Path) -> bool:
+    """Return whether finetune.py wrote a run, whose flags have --init."""
+    with contextlib.suppress(UserError):
+        return "init" in read_meta(list_checkpoints(run)[-1]).get("identity", {})
+    return False
+
+
+def format_runs() -> str:
+    """Return the list of runs under runs/, for an error message."""
+    runs = ", ".join(f"{run} (chat)" if is_chat_run(run) else str(run) for run in reversed(list_runs()))
+    return f"existing runs: {runs}" if runs else "there is no run under runs/: train one with pretrain.py"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = [folder for folder in run.glob("step_*") if folder.name[5:].isdigit() and (folder / "meta.json").is_file()]
+    return sorted(found, key=lambda folder: int(folder.name[5:]))
+
+
+def find_newest(run: Path, warn: bool = False) -> Path | None:
+    """Return the newest checkpoint that is not corrupt, or None; with `warn`, report corrupt ones on stderr.
+
+    Raises `UserError` if all checkpoints are corrupt.
+    """
+    found = list_checkpoints(run)
+    for folder in reversed(found):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            if warn:
+                print(f"warning: {error}; trying an earlier checkpoint", file=sys.stderr)
+    if found:
+        raise UserError(f"all checkpoints of {run} are corrupt: delete them to start again, or choose another --out")
+    return None
+
+
+def find_best(run: Path) -> Path:
+    """Return the checkpoint with the lowest validation loss, or the newest if the run has `--best_by step`.
+
+    Among equals, the newest. The run has at least one.
+    """
+    found = list_checkpoints(run)
+    with contextlib.suppress(UserError):  # corrupt: reported when the checkpoint is loaded
+        if (read_meta(found[-1]).get("config") or {}).get("best_by") == "step":
+            return found[-1]
+    return min(reversed(found), key=read_val_loss)
+
+
+def read_val_loss(folder: Path) -> float:
+    """Return the validation loss of a checkpoint; infinity if it has none."""
+    try:
+        value = read_meta(folder)["metrics"].get("val_loss")
+    except UserError:  # corrupt: reported when the checkpoint is loaded
+        return math.inf
+    return value if isinstance(value, (int, float)) and value == value else math.inf  # NaN is never the best
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether no file of a checkpoint is corrupt."""
+    with contextlib.suppress(UserError):
+        verify(checkpoint)
+        return True
+    return False
+
+
+def read_meta(folder: Path) -> dict:
+    """Return a checkpoint's `meta.json`. Raises `UserError` if it is missing, corrupt, or of another version."""
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"{folder} is not a checkpoint: it has no meta.json")
+    meta = read_json(folder / "meta.json")
+    if meta.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has checkpoint format version {meta.get('version')}, expected {FORMAT_VERSION}: use the code"
+            " that wrote it"
+        )
+    for name, kind in {"files": dict, "metrics": dict, "model": dict, "tokenizer": str}.items():
+        if not isinstance(meta.get(name), kind):
+            raise UserError(f"{folder} is corrupt: its meta.json has no {name}")
+    return meta
+
+
+def verify(folder: Path) -> None:
+    """Compare all files of a checkpoint with their checksums. Raises `UserError` if one is corrupt."""
+    meta = read_meta(folder)
+    for name in {"model.safetensors", "train_state.safetensors", *meta["files"]}:
+        verify_file(folder / Path(name).name, meta)
+
+
+def verify_file(file: Path, meta: dict) -> None:
+    """Compare a file with its checksum. Raises `UserError` if it is missing or corrupt."""
+    if not file.is_file():
+        raise UserError(f"{file.parent} is corrupt: {file.name} is missing")
+    if sha256(file) != meta["files"].get(file.name):
+        raise UserError(f"{file} is corrupt or truncated: its checksum is wrong")
