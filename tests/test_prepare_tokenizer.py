@@ -1,21 +1,26 @@
 """prepare_tokenizer.py: a vocabulary trained on one's own text goes from the data to the exported model."""
 
 import json
+import math
+import random
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_tokenizer
 from minigpt.cli import UserError
+from minigpt.optim import build_optimizer
 from minigpt.pretrained import load_pretrained
 from minigpt.shards import read_meta
 from minigpt.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
 from minigpt.tokenizer_json import read_vocabulary
+from model import GPT, GPTConfig
 
 GREEK = "Η θάλασσα είναι ήρεμη σήμερα, και ο ουρανός είναι γαλανός· το πλοίο {0} φεύγει για το νησί στις {1} το πρωί. "
 CODE = "def add_{0}(x, y):\n    # the sum, {1} times\n    for _ in range({1}):\n        x = x + y\n    return x\n\n\n"
@@ -157,6 +162,56 @@ def test_merges_that_ranks_cannot_express_are_rejected(trained, tmp_path):
         read_vocabulary(tmp_path / "tokenizer.json")
 
 
+# ---- another language and source code ----------------------------------------------------------------------------
+
+WORDS = (
+    "η θάλασσα είναι ήρεμη σήμερα και ο ουρανός γαλανός το πλοίο φεύγει για νησί στις οκτώ πρωί με λίγους ταξιδιώτες"
+    " που κοιτάζουν τα βουνά ενώ παιδιά παίζουν στην παραλία κάτω από παλιά δέντρα μέχρι αργά βράδυ"
+)
+NAMES = "total count item values index result buffer offset length parse_line read_block write_header"
+
+
+def make_greek(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS.split(), k=12)).capitalize() + ". "
+
+
+def make_code(rng: random.Random) -> str:
+    name, a, b = rng.sample(NAMES.split(), 3)
+    return f"def {name}({a}, {b}):\n    if {a} is None:\n        return {b}\n    return {name}({b}, {a}) + 1\n\n\n"
+
+
+def bits_per_byte(tokenizer: Tokenizer, train_text: str, val_text: str) -> float:
+    """Train a small model for 40 steps of 256 tokens; return its bits per byte on other text."""
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=32, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config)
+    optimizer = build_optimizer(model, 3e-3, 0.1)
+    tokens, val_tokens = (torch.tensor(tokenizer.encode(text)) for text in (train_text, val_text))
+    for _ in range(40):
+        rows = tokens.unfold(0, 33, 1)[torch.randint(len(tokens) - 32, (8,))]
+        (model(rows[:, :-1], rows[:, 1:]) / 256).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = val_tokens[: len(val_tokens) // 33 * 33].view(-1, 33)
+    with torch.no_grad():
+        nats = model(rows[:, :-1], rows[:, 1:]).item()
+    n_bytes = sum(len(tokenizer.token_bytes(token)) for token in rows[:, 1:].flatten().tolist())
+    return nats / math.log(2) / n_bytes
+
+
+@pytest.mark.parametrize("make", [make_greek, make_code])
+def test_an_own_vocabulary_has_the_lowest_bits_per_byte_at_equal_training(tmp_path, gpt2_tokenizer, make):
+    rng = random.Random(0)
+    train_text, val_text = ("".join(make(rng) for _ in range(n)) for n in (3000, 100))
+    (tmp_path / "text.txt").write_text(train_text)
+    flags = {"files": (str(tmp_path / "text.txt"),), "out": tmp_path / "tokenizer"}
+    prepare_tokenizer.main(prepare_tokenizer.Config(vocab_size=512, **flags))
+    own = load_tokenizer(str(tmp_path / "tokenizer"))
+    tokenizers = (own, load_tokenizer("bytes"), gpt2_tokenizer)
+    own, *others = (bits_per_byte(tokenizer, train_text, val_text) for tokenizer in tokenizers)
+    assert own < 0.9 * min(others)
+
+
 # ---- from the text to the exported model -----------------------------------------------------------------------------
 
 
@@ -165,7 +220,7 @@ def walk(tmp_path_factory) -> Path:
     """Return a folder in which each script was run with a trained vocabulary."""
     folder = tmp_path_factory.mktemp("walk")
     write_texts(folder / "text.jsonl", GREEK + CODE, n=120)
-    pairs = [{"instruction": f"Ποιο πλοίο {i};", "context": "", "response": f"Το πλοίο {i}."} for i in range(80)]
+    pairs = [{"instruction": f"Ποιο πλοίο {i};", "context": "", "response": f"Το πλοίο {i}."} for i in range(60)]
     (folder / "chat.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     train_flags = ("--batch_tokens", 1024, "--micro_batch_size", 8, "--lr", 3e-3, "--steps", 6)
     vocabulary = ("--tokenizer", "data/tokenizer")
