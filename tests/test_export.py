@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ from conftest import make_model, start
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import prepare_tokenizer
 from export import CHAT_TEMPLATE, model_card
 from minigpt import checkpoint, runs
 from minigpt.chat import encode_chat
 from minigpt.cli import UserError
 from minigpt.pretrained import load_pretrained
 from minigpt.tokenizer import CHAT_TOKENS, ROLES, load_tokenizer
-from model import IGNORE_INDEX
+from model import GPT, IGNORE_INDEX, PRESETS
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -31,22 +33,26 @@ HELLO = [{"role": "user", "content": "After 5?"}]
 
 @pytest.fixture(scope="module")
 def memorized(tmp_path_factory, finetuned) -> Path:
-    """Train the `finetuned` run further until it has memorized one answer and its end."""
-    loaded = load_pretrained(str(finetuned))
+    """Return a run with a vocabulary of its own, whose model has memorized one answer and its end."""
+    folder = tmp_path_factory.mktemp("memorized")
+    (folder / "text.txt").write_text("After five comes six, of course.\n\n" * 200)
+    source = {"files": (str(folder / "text.txt"),), "out": folder / "tokenizer", "vocab_size": 270}
+    prepare_tokenizer.main(prepare_tokenizer.Config(**source))
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    model = GPT(replace(PRESETS["tiny"], vocab_size=tokenizer.chat_vocab_size))
     messages = [*HELLO, {"role": "assistant", "content": "Six, of course."}]
-    tokens, loss_mask = encode_chat(loaded.tokenizer, messages)
+    tokens, loss_mask = encode_chat(tokenizer, messages)
     targets = torch.tensor([[t if m else IGNORE_INDEX for t, m in zip(tokens, loss_mask, strict=True)]])[:, 1:]
-    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=3e-3)
-    for _ in range(300):
-        loss = loaded.model(torch.tensor([tokens])[:, :-1], targets)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = model(torch.tensor([tokens])[:, :-1], targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert loss / sum(loss_mask) < 0.1
-    folder = tmp_path_factory.mktemp("memorized") / "run" / "step_000072"
     meta = runs.read_meta(finetuned / "step_000012")
-    checkpoint.save(folder, loaded.model, loaded.tokenizer, {}, meta)
-    return folder.parent
+    checkpoint.save(folder / "run" / "step_000072", model, tokenizer, {}, meta)
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +184,16 @@ def test_text_pipeline_gives_our_continuation(run_script, pretrained, tmp_path):
 # ---- back to our scripts ---------------------------------------------------------------------------------------------
 
 
-def test_our_scripts_read_an_exported_folder(exported, memorized, run_script, chat_data, tmp_path):
+def test_our_scripts_read_an_exported_folder(exported, memorized, run_script, tmp_path):
     assert greedy(run_script, exported, "After 5?") == "Six, of course."
     loaded, original = load_pretrained(str(exported)), load_pretrained(str(memorized))
-    assert loaded.is_chat and loaded.tokenizer.name == "bytes"
+    assert loaded.is_chat and loaded.tokenizer.name == original.tokenizer.name
     for name, weight in original.model.state_dict().items():
-        torch.testing.assert_close(loaded.model.state_dict()[name][:261], weight[:261], rtol=0, atol=0)
-    flags = ("--data", chat_data, "--steps", 1, "--batch_tokens", 1024, "--micro_batch_size", 8)
+        torch.testing.assert_close(loaded.model.state_dict()[name][:274], weight[:274], rtol=0, atol=0)
+    (tmp_path / "chat.csv").write_text("question,answer\n" + "".join(f"After {i}?,{i + 1}\n" for i in range(50)))
+    data = ("--files", "chat.csv", "--tokenizer", exported, "--block_size", 64, "--val_fraction", 0.2)
+    run_script("prepare_dolly.py", *data, "--out", "data/chat")
+    flags = ("--data", "data/chat", "--steps", 1, "--batch_tokens", 1024, "--micro_batch_size", 8)
     run_script("finetune.py", "--init", exported, "--out", "runs/again", *flags)
     run_script("export.py", "--checkpoint", "runs/again", "--out", "twice")
     assert "Weights from" in (tmp_path / "twice" / "README.md").read_text()
@@ -213,7 +222,7 @@ def test_our_scripts_read_what_trl_finetuned(exported, run_script, tmp_path):
     [
         ('"<|user|>"', '"<|human|>"', "has another chat format"),
         ('"a": 97', '"a": 98', "its ids have gaps"),
-        ('"use_regex": false', '"use_regex": "x", "add_prefix_space": true', "splits text by another pattern"),
+        ('"use_regex": true', '"use_regex": "x", "add_prefix_space": true', "splits text by another pattern"),
         ('"vocab": {', '"vocab": null, "x": {', "is corrupt or not a byte-level BPE vocabulary"),
         ('"content": "<|user|>"', '"content": [1]', "is corrupt or not a byte-level BPE vocabulary"),
         ('"added_tokens": [', '"added_tokens": null, "x": [', "is corrupt or not a byte-level BPE vocabulary"),
