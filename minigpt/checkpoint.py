@@ -10,13 +10,17 @@ hold tensors only, so loading a checkpoint from elsewhere cannot execute code.
 """
 
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minigpt.cli import UserError
 from minigpt.files import atomic_rename, fsync, sha256, write_json
@@ -58,14 +62,44 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, train_state: dict[str, 
 def load_model(folder: Path, meta: dict) -> GPT:
     """Return a checkpoint's model. Raises `UserError` if its files are corrupt or do not match each other."""
     try:
-        config, weights = GPTConfig(**meta["model"]), load_tensors(folder, "model", meta)
-        if sum(weight.numel() for weight in weights.values()) < config.num_parameters:  # before memory is allocated
-            raise UserError(f"{folder} is corrupt: model.safetensors is too small for its model")
-        with torch.device("meta"):
-            model = GPT(config)
-        model.load_state_dict(weights, assign=True)
+        return build_model(GPTConfig(**meta["model"]), load_tensors(folder, "model", meta), "model.safetensors")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} is corrupt: {' '.join(str(error).split())}") from None
+
+
+class SkipInit(TorchFunctionMode):
+    """Skip the functions of `torch.nn.init`, for a model whose weights are loaded."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
+def build_model(config: GPTConfig, weights: dict[str, Tensor], file_name: str) -> GPT:
+    """Return a model with the weights of a file. Other weights in it are ignored; the embedding may lack its padding.
+
+    Raises `ValueError` if a weight is missing or has another shape.
+    """
+    with torch.device("meta"), SkipInit():
+        first_layers = [name for name, _ in GPT(replace(config, n_layer=1)).named_parameters()]
+        names = (name.replace("h.0.", f"h.{layer}.") for layer in range(config.n_layer) for name in first_layers)
+        missing = next((name for name in names if name not in weights), None)
+        if missing is not None:  # before n_layer, a number in a file, decides how many modules are created
+            raise ValueError(f"{file_name} has no {missing}")
+        model = GPT(config)
+    own = {}
+    for name, parameter in model.named_parameters():
+        weight, expected = weights[name], tuple(parameter.shape)
+        if name == "wte.weight" and len(weight) != config.padded_vocab_size:
+            expected = (config.vocab_size, config.n_embd)
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"{name} in {file_name} has shape {tuple(weight.shape)}, expected {expected}")
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} in {file_name} is {weight.dtype}, expected floating point")
+        padding = len(parameter) - len(weight)
+        own[name] = (F.pad(weight, (0, 0, 0, padding)) if padding else weight).float().contiguous()
+    model.load_state_dict(own, assign=True)
     return model
 
 

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minigpt.checkpoint import build_model
 from minigpt.cli import UserError
 from minigpt.runs import format_runs
 from model import GPT, GPTConfig
@@ -33,7 +33,7 @@ def load_hf(source: str | Path) -> GPT:
     config_file, weights_file = (find_hf_file(source, name) for name in ("config.json", "model.safetensors"))
     try:
         config = config_from_hf(json.loads(config_file.read_text()))
-        return build_model(config, weights_from_hf(weights_file), weights_file)
+        return build_model(config, weights_from_hf(weights_file), weights_file.name)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} is not a readable GPT-2: {' '.join(str(error).split())}") from None
 
@@ -92,29 +92,6 @@ def weights_from_hf(file: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{file.name} is corrupt: {error}") from None
     return {name: weight.t() if is_linear(name) else weight for name, weight in stored.items()}
-
-
-def build_model(config: GPTConfig, stored: dict[str, Tensor], file: Path) -> GPT:
-    """Return a model with the stored weights, which have no padding. Other weights among them are ignored.
-
-    Raises `ValueError` if one is missing or has another shape.
-    """
-    if file.stat().st_size < config.num_parameters:  # before memory is allocated
-        raise ValueError(f"{file.name} is too small for the model of its configuration")
-    model = GPT(config)
-    weights = {}
-    for name, own in model.state_dict().items():
-        if name not in stored:
-            raise ValueError(f"{file.name} has no {name}")
-        weight = stored[name]
-        expected = (config.vocab_size, *own.shape[1:]) if name == "wte.weight" else tuple(own.shape)
-        if tuple(weight.shape) != expected:
-            raise ValueError(f"{name} in {file.name} has shape {tuple(weight.shape)}, expected {expected}")
-        weights[name] = weight
-    padding = torch.zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
-    weights["wte.weight"] = torch.cat([weights["wte.weight"].float(), padding])
-    model.load_state_dict(weights)
-    return model
 
 
 def find_hf_file(source: str | Path, name: str) -> Path:

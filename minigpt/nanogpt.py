@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minigpt.checkpoint import build_model
 from minigpt.cli import UserError
-from minigpt.hf import SIZES, build_model
+from minigpt.hf import SIZES
 from model import GPT, GPTConfig
 
 NANOGPT_ARGS = {"block_size", *SIZES, "bias", "dropout"}  # the "model_args" of nanoGPT's ckpt.pt
@@ -34,7 +35,7 @@ def load_nanogpt(path: Path) -> tuple[GPT, int | None]:
         sizes = {name: args[name] for name in SIZES if name != "vocab_size"}
         config = GPTConfig(block_size=args["block_size"], vocab_size=50_257, gelu="none", **sizes)
         weights = weights_from_nanogpt(stored, args)
-        model = build_model(config, weights, file)
+        model = build_model(config, weights, file.name)
         if unknown := weights.keys() - model.state_dict().keys():
             raise ValueError(f"{file.name} has {min(unknown)}, which is not in GPT-2")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -82,4 +83,4 @@ def weights_from_nanogpt(stored: dict[str, Tensor], args: dict) -> dict[str, Ten
             raise ValueError("it has biases, although its model_args say bias=False")
         layers = {name.removesuffix(".weight"): len(w) for name, w in weights.items() if name[:3] not in ("wte", "wpe")}
         weights |= {f"{layer}.bias": torch.zeros(size) for layer, size in layers.items()}
-    return weights
+    return {name: weight.clone() for name, weight in weights.items()}  # not mapped to the file
