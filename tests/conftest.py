@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from forked import ForkedProcess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tiny tensors gain nothing from more
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,24 +35,34 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def start(
-    script: str, *args: object, cwd: Path, expect: int | None = 0, processes: int = 1, gpu: bool = False, **options
-):
+    script: str,
+    *args: object,
+    cwd: Path,
+    expect: int | None = 0,
+    processes: int = 1,
+    gpu: bool = False,
+    fresh: bool = False,
+    env: dict | None = None,
+    input: str = "",
+) -> subprocess.CompletedProcess:
     """Run a script as a process of its own, or as several under torchrun, and check its exit code.
 
-    `env` among the options adds variables, `input` is typed into it. A GPU is hidden from it unless it is to use one.
+    `env` adds variables, `input` is typed into it. `fresh` starts a new interpreter instead of forking one. A GPU is
+    hidden from it unless it is to use one.
     """
-    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    text_in = {"input": options["input"]} if "input" in options else {"stdin": subprocess.DEVNULL}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / script), *map(str, args)],
-        env=os.environ | hidden | options.get("env", {}),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        **text_in,
-    )
+    command = [*launcher, str(ROOT / script), *map(str, args)]
+    env = os.environ | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}) | (env or {})
+    if fresh or gpu:
+        options = {"env": env, "cwd": cwd, "input": input, "capture_output": True, "text": True, "timeout": 180}
+        done = subprocess.run([sys.executable, *command], **options)
+    else:
+        process = ForkedProcess(command, cwd, env, input)
+        try:
+            output = process.communicate(timeout=180)
+        finally:
+            process.kill()
+        done = subprocess.CompletedProcess(command, process.returncode, *output)
     result = f"{script} ended with code {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
     assert expect is None or done.returncode == expect, result
     return done

@@ -7,7 +7,6 @@ import contextlib
 import json
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from forked import ForkedProcess
 
 SCRIPT = Path(__file__).resolve().parent.parent / "chat_web.py"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -31,18 +32,16 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def chat_page(checkpoint: object, *args: object) -> Iterator[tuple[str, subprocess.Popen]]:
+def chat_page(checkpoint: object, *args: object) -> Iterator[tuple[str, ForkedProcess]]:
     """Run chat_web.py; yields the address of its page and the process, and kills the process at the end."""
     port = free_port()
-    command = [sys.executable, SCRIPT, "--checkpoint", checkpoint, "--port", port, *args]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = ForkedProcess([SCRIPT, "--checkpoint", checkpoint, "--port", port, *args])
     try:
-        line = process.stdout.readline()
-        assert f":{port}/ ;" in line, line + process.stderr.read()
+        line = process.first_line()
+        assert f":{port}/ ;" in line, line + process.stderr.read_text()
         yield f"http://127.0.0.1:{port}/", process
     finally:
         process.kill()
-        process.communicate()
 
 
 @dataclass

@@ -21,6 +21,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from forked import ForkedProcess
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -73,8 +75,9 @@ def kill_self(when: int | float) -> None:
 
 def launch(script: str, *args: object, kill: int | float | None = None) -> subprocess.CompletedProcess:
     """Run a script as a process that dies as `kill_self` describes."""
-    command = [sys.executable, __file__, "--launch", json.dumps(kill), str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    process = ForkedProcess([__file__, "--launch", json.dumps(kill), ROOT / script, *args])
+    output = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
 
 def survive(kills: int, data: Path, work: Path, report=lambda line: None) -> int:

@@ -380,5 +380,5 @@ def test_errors(fails, pretrained, chatterbox, tmp_path):
     port = ("--port", free_port())
     assert "is not a chat model: finetune it first" in fails("chat_web.py", "--checkpoint", pretrained, *port)
     (tmp_path / "gradio.py").write_text("raise ImportError")
-    without_gradio = {"env": {"PYTHONPATH": str(tmp_path)}}
+    without_gradio = {"env": {"PYTHONPATH": str(tmp_path)}, "fresh": True}
     assert "pip install -r requirements-extra.txt" in fails("chat_web.py", *port, **without_gradio)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import soak
 import torch
 from conftest import ROOT, TRAIN, TUNE, error_of, read_log, start
+from forked import ForkedProcess
 from torch import nn
 
 from minigpt import checkpoint, runs
@@ -34,21 +34,19 @@ LONG = ("--model", "tiny", "--batch_tokens", 4096, "--micro_batch_size", 8, "--l
 LONG = (*LONG, "--steps", 100, "--val_every", 1000, "--save_every", 1000)
 
 
-def spawn(*args: object, cwd: Path, processes: int = 1, launcher: tuple = ()) -> subprocess.Popen:
+def spawn(*args: object, cwd: Path, processes: int = 1, launcher: tuple = ()) -> ForkedProcess:
     """Start a script, or several of it under torchrun, in a process group of its own, and do not wait."""
     if processes > 1:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher)
-    command = [sys.executable, *launcher, str(ROOT / str(args[0])), *map(str, args[1:])]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes)
+    return ForkedProcess([*launcher, ROOT / str(args[0]), *args[1:]], cwd)
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run: Path, step: int, process: ForkedProcess) -> None:
     """Wait until a run has logged a step."""
     for _ in range(600):
         if (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text():
             return
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, "".join(process.communicate())
         time.sleep(0.05)
     raise AssertionError(f"step {step} never came")
 
@@ -124,7 +122,7 @@ def test_torchrun_restarts_a_dead_process(text_data, whole, tmp_path):
     wait_for_step(tmp_path / "run", 25, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output = "".join(process.communicate(timeout=120))
     assert process.returncode == 0, output
     steps = [row["step"] for row in read_log(tmp_path / "run") if "loss" in row]
     assert steps == list(range(1, 101))
@@ -140,7 +138,7 @@ def test_a_signal_saves_and_stops(text_data, whole, tmp_path, number):
     process = spawn(*args, cwd=tmp_path)
     wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(process.communicate(timeout=60))
     assert process.returncode == EXIT_STOPPED == 75 and f"stopped by {number.name} after step" in output
     last = read_log(tmp_path / "run")[-1]["step"]
     assert [folder.name for folder in runs.list_checkpoints(tmp_path / "run")] == [f"step_{last:06d}"] and last < 100
@@ -153,7 +151,7 @@ def test_a_signal_to_torchrun_stops_all_processes(text_data, tmp_path):
     process = spawn(*args, cwd=tmp_path, processes=2)
     wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(process.communicate(timeout=60))
     assert process.returncode != 0 and "stopped by SIGTERM" in output
     last = read_log(tmp_path / "run")[-1]["step"]
     assert runs.find_newest(tmp_path / "run").name == f"step_{last:06d}"
@@ -165,7 +163,7 @@ def test_a_signal_to_one_process_stops_all(text_data, tmp_path):
     wait_for_step(tmp_path / "run", 5, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(process.communicate(timeout=60))
     assert "stopped by" in output and runs.find_newest(tmp_path / "run") is not None
 
 
@@ -179,7 +177,7 @@ def test_a_second_interrupt_exits_at_once(text_data, tmp_path):
     time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=10)
+    output = "".join(process.communicate(timeout=10))
     assert "\nstopping after this step; press Ctrl-C again to stop now\n" in output
     assert process.returncode == 130 and not runs.list_checkpoints(tmp_path / "run")
 
@@ -333,8 +331,7 @@ def test_a_run_with_non_finite_losses_stops(tmp_path, text_data):
         f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')\n"
     )
     args = ["--data", text_data, "--out", "./run", *TRAIN, "--steps", 40, "--save_every", 4]
-    done = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+    done = start(script, *args, cwd=tmp_path, expect=2)
     assert f"not finite in {MAX_SKIPPED_STEPS} consecutive steps, up to step 13" in done.stderr
     assert "run/step_000012" in done.stderr
     skipped = [row for row in read_log(tmp_path / "run") if row.get("skipped")]

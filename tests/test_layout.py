@@ -63,7 +63,7 @@ def test_importing_is_cheap(run_script, tmp_path, name):
     """--help of generate.py does not wait for torch."""
     check = tmp_path / "check.py"
     check.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}; print(sorted(sys.modules))")
-    assert not {"torch", "tyro", "tqdm"} & set(ast.literal_eval(run_script(check).stdout))
+    assert not {"torch", "tyro", "tqdm"} & set(ast.literal_eval(run_script(check, fresh=True).stdout))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -71,7 +71,7 @@ def test_scripts_run_in_any_folder(run_script, tmp_path, script):
     """The modules are found beside the script, not in the current folder."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    done = run_script(Path(ROOT / f"{script}.py"), "--help", cwd=folder)
+    done = run_script(Path(ROOT / f"{script}.py"), "--help", cwd=folder, fresh=True)
     assert done.stdout.startswith(importlib.import_module(script).__doc__.strip().splitlines()[0][:40])
     assert not list(folder.iterdir())
 

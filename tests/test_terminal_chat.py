@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, start
+from forked import ForkedProcess
 
 from minigpt import terminal_chat
 from minigpt.cli import UserError
@@ -22,23 +23,15 @@ from minigpt.sampling import SamplingParams
 from minigpt.terminal_chat import Conversation, TextPrinter
 
 PROMPT, CTRL_C, CTRL_D, UP = "> ", "\x03", "\x04", "\x1b[A"
-# Ctrl-C reaches a process only if the terminal is its controlling terminal: the session leader opens it to make it so.
-CONTROL_TERMINAL = (
-    "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-)
 
 
 class Terminal:
     """generate.py in a pseudo-terminal; reads what it prints and types into it."""
 
     def __init__(self, *args: object, cwd):
-        self.screen, slave = os.openpty()
-        command = [sys.executable, "-c", CONTROL_TERMINAL, str(ROOT / "generate.py"), *map(str, args)]
+        self.screen, self.slave = os.openpty()
         env = os.environ | {"TERM": "xterm", "COLUMNS": "200", "LINES": "50"}
-        self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=env, start_new_session=True
-        )
-        os.close(slave)
+        self.process = ForkedProcess([ROOT / "generate.py", *args], cwd, env, terminal=os.ttyname(self.slave))
         self.output, self.read, self.bracketed_paste = "", 0, False
 
     def type(self, text: str) -> None:
@@ -56,6 +49,9 @@ class Terminal:
                     piece = os.read(self.screen, 65536).decode(errors="replace")
                 except OSError:  # the process has closed the terminal
                     piece = ""
+                if self.slave is not None:  # the process has it open: its end is the end of the terminal
+                    os.close(self.slave)
+                    self.slave = None
                 assert piece, f"{pattern!r} was not printed before the process exited:\n{self.output[self.read :]!r}"
                 self.bracketed_paste |= "\x1b[?2004h" in piece
                 self.output += re.sub(r"\x1b\[\?2004[hl]\r?|\r", "", piece)

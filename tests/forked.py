@@ -1,0 +1,97 @@
+"""Scripts as processes that are forked from one that has imported torch: the import takes longer than most runs do."""
+
+import atexit
+import io
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["numpy", "torch", "torch._dynamo", "torch.nn.parallel", "safetensors.torch", "tyro"])
+
+
+class ForkedProcess:
+    """`python *command` as a session of its own, with the methods and attributes of `subprocess.Popen`.
+
+    Args:
+        command: a script's path, or "-m" and a module; then its arguments.
+        input: is typed into it.
+        terminal: the path of a terminal that becomes its stdin, stdout and stderr, and controls it.
+    """
+
+    def __init__(self, command: list, cwd: Path | None = None, env: dict | None = None, input: str = "", terminal=None):
+        self.args, self.folder = list(map(str, command)), tempfile.TemporaryDirectory()
+        files = [str(Path(self.folder.name) / name) for name in ("stdin", "stdout", "stderr")]
+        Path(files[0]).write_text(input)
+        self.stdout, self.stderr = map(Path, files[1:])
+        streams = [terminal] * 3 if terminal else files
+        target = (self.args, str(cwd or Path.cwd()), dict(env or os.environ), streams)
+        self.process = CONTEXT.Process(target=run, args=target)
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the process; return what it wrote to stdout and stderr."""
+        self.wait(timeout)
+        return self.stdout.read_text(), self.stderr.read_text()
+
+    def first_line(self) -> str:
+        """Wait for the first line on stdout, or for the end of the process."""
+        while self.poll() is None and not (self.stdout.exists() and "\n" in self.stdout.read_text()):
+            time.sleep(0.05)
+        return self.stdout.read_text().partition("\n")[0]
+
+    def send_signal(self, number: int) -> None:
+        if self.process.exitcode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(command: list[str], cwd: str, env: dict, streams: list[str]) -> None:
+    """Become `python *command`, in the forked process."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for descriptor, file in enumerate(streams):
+        # The first terminal that a session opens controls it.
+        opened = os.open(file, os.O_RDWR | (0 if file.startswith("/dev/") else os.O_CREAT | os.O_APPEND))
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding)
+    stdout, stderr = (io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False)) for descriptor in (1, 2))
+    sys.stdout = io.TextIOWrapper(stdout, encoding, line_buffering=os.isatty(1))
+    sys.stderr = io.TextIOWrapper(stderr, encoding, errors="backslashreplace", line_buffering=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            sys.path.insert(0, str(Path(command[0]).parent))
+            runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
