@@ -148,13 +148,15 @@ def compare(rates: dict[str, list[float]], name: str, peer: str, peak: float | N
 
 def bench_tokenize(config: Config) -> Iterator[Row]:
     """Tokenise files into shards as prepare_fineweb.py does, and with a process pool that runs tiktoken."""
-    tokenizer = load_tokenizer("gpt2")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if config.files:
             files = find_files(config.files, (".txt", ".jsonl", ".parquet"))
         else:
             files = [write_standard_library(folder)]
+        if next(FileSource(files).records(), None) is None:
+            raise UserError("--files contain no text")
+        tokenizer = load_tokenizer("gpt2")
         candidates = {
             "tokenize": functools.partial(tokenize_ours, files, folder, tokenizer),
             "process pool": functools.partial(tokenize_with_pool, files, folder),
@@ -182,8 +184,6 @@ def tokenize_ours(files: list[Path], folder: Path, tokenizer: Tokenizer) -> floa
         for tokens in tokenizer.encode_documents(texts):
             writer.add(tokens)
     writer.close()
-    if writer.tokens == 0:
-        raise UserError("--files contain no text")
     return writer.tokens / (time.perf_counter() - started)
 
 

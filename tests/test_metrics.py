@@ -197,12 +197,12 @@ def test_interrupted_run_is_tracked_completely(text_data, tmp_path):
         process = spawn(*args, cwd=tmp_path)
         wait_for_step(run, step, process)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output = "".join(process.communicate(timeout=60))
         assert process.returncode == code, output
         completed.append(completed_steps(output))
     assert "stopped by SIGTERM after step" in output and "wandb:" not in output and "\x1b" not in output
     process = spawn(*args, cwd=tmp_path)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(process.communicate(timeout=60))
     assert process.returncode == 0 and "Traceback" not in output, output
     completed.append(completed_steps(output))
     assert set(in_log(run)["loss"].expected) == set(range(1, 101))
