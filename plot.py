@@ -9,8 +9,6 @@ more than a factor of 2, or if learning rate or speed differ by more than a fact
 computed from the logged tokens/s; they exclude validation, checkpoints and pauses.
 """
 
-import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from minigpt import cli
 from minigpt.cli import UserError
+from minigpt.runs import read_log
 
 # The colour-blind-safe palette of Okabe and Ito; dashes and markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -62,22 +61,18 @@ def main(config: Config) -> None:
     folders = [path for path in paths if not path.is_file()]  # runs/* also matches pictures
     if not folders:
         raise UserError("no run folder given, and none under runs/: name at least one, as in plot.py runs/gpt2")
-    runs = {str(folder).removeprefix("runs/"): get_curves(read_log(folder), config.x) for folder in folders}
+    runs = {str(folder).removeprefix("runs/"): get_curves(read_rows(folder), config.x) for folder in folders}
     draw_figure(runs, config).savefig(config.out)
     print(f"wrote {config.out} with the curves of {', '.join(runs)}")
 
 
-def read_log(run: Path) -> list[dict]:
-    """Return the rows of a run's log and skip corrupt lines. Raises `UserError` if the log is missing or empty."""
-    file, rows = run / "log.jsonl", []
-    if not file.is_file():
+def read_rows(run: Path) -> list[dict]:
+    """Return the rows of a run's log. Raises `UserError` if the log is missing or empty."""
+    if not (run / "log.jsonl").is_file():
         raise UserError(f"{run} has no log.jsonl: name a folder that pretrain.py or finetune.py wrote, e.g. runs/gpt2")
-    for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # a crash can truncate the last line
-            rows.append(json.loads(line))
-    rows = [row for row in rows if isinstance(row, dict) and {"step", "tokens"} <= row.keys()]
+    rows = list(read_log(run))
     if not any(set(KEYS) & row.keys() for row in rows):
-        raise UserError(f"{file} has no steps yet: wait for the first one")
+        raise UserError(f"{run}/log.jsonl has no steps yet: wait for the first one")
     return rows
 
 
@@ -89,7 +84,8 @@ def get_curves(rows: list[dict], x: str) -> Curves:
     hours = np.interp(steps, [0, *(row["step"] for row in timed)], np.cumsum([0, *seconds]) / 3600)
     values = {"tokens": tokens, "hours": hours, "steps": steps}[x]
     points = {key: [(value, row[key]) for value, row in zip(values, rows, strict=True) if key in row] for key in KEYS}
-    return {key: np.array(points[key], dtype=float).T for key in KEYS if points[key]}  # None becomes NaN
+    curves = {key: np.array(points[key], dtype=float).T for key in KEYS if points[key]}  # None becomes NaN
+    return {key: np.where(np.isfinite(curve), curve, np.nan) for key, curve in curves.items()}
 
 
 def draw_figure(runs: dict[str, Curves], config: Config) -> Figure:

@@ -10,6 +10,7 @@ hold tensors only, so loading a checkpoint from elsewhere cannot execute code.
 """
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minigpt.cli import UserError
-from minigpt.files import atomic_rename, fsync, sha256, write_json
+from minigpt.files import atomic_rename, fsync, sha256, write_manifest
 from minigpt.runs import FORMAT_VERSION, find_best, list_checkpoints, verify_file
 from minigpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -52,7 +53,8 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, train_state: dict[str, 
         for file in files:
             fsync(temporary / file)
         own = {"version": FORMAT_VERSION, "model": asdict(model.config), "tokenizer": tokenizer.name, "files": files}
-        write_json(temporary / "meta.json", {"metrics": {}} | meta | own)
+        unset = {"metrics": {}, "identity": {}, "config": {}, "source": {}, "history": []}
+        write_manifest(temporary / "meta.json", unset | meta | own)
         atomic_rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -143,3 +145,19 @@ def discard(folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     folder.rename(temporary)
+
+
+def set_aside(run: Path, newest: Path | None) -> None:
+    """Rename everything that is in the way of later checkpoints, with a warning.
+
+    That is whatever is called step_NUMBER and is no checkpoint, and the checkpoints after `newest`, which are corrupt.
+    """
+    found = list_checkpoints(run)
+    whole = found[: found.index(newest) + 1] if newest else []
+    for item in sorted(run.glob("step_*")):
+        if item.suffix in (".tmp", ".corrupt") or item in whole:
+            continue
+        names = (item.with_name(f"{item.name}{f'.{i}' if i else ''}.corrupt") for i in range(1000))
+        name = next(name for name in names if not name.exists())
+        item.rename(name)
+        print(f"warning: {item} is not a whole checkpoint; renamed to {name.name}", file=sys.stderr)

@@ -202,6 +202,8 @@ class ChatDataset(Dataset):
         if len(self.arrays[split]) != 3:
             raise UserError(f"{self.folder}: the {split} split does not have three arrays; {fix}")
         tokens, loss_mask, offsets = self.arrays[split]
+        if (tokens.dtype, loss_mask.dtype, offsets.dtype) != (np.uint16, np.bool_, np.int64):
+            raise UserError(f"{self.folder}: the {split} arrays are not uint16, bool and int64; {fix}")
         spans_tokens = len(offsets) > 1 and (int(offsets[0]), int(offsets[-1])) == (0, len(tokens))
         if len(loss_mask) != len(tokens) or not spans_tokens:
             raise UserError(f"{self.folder}: the {split} arrays do not fit each other; {fix}")

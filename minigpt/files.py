@@ -1,8 +1,9 @@
-"""Files that are whole or absent: atomic writes, checksums, and the lock of a folder."""
+"""Files that are whole or absent: atomic writes, checksums, manifests, and the lock of a folder."""
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,97 @@ def atomic_rename(temporary: Path, path: Path) -> None:
     fsync(path.parent)
 
 
+def write_file(path: Path, parts: str | Iterable[bytes]) -> None:
+    """Write a file atomically. An `OSError`, such as a full disk, names the file, of which no part is left."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in [parts.encode()] if isinstance(parts, str) else parts:
+                file.write(part)
+        atomic_rename(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    atomic_rename(temporary, path)
+    write_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises `UserError` if the file is corrupt."""
+    """Read a JSON object. Raises `UserError` if the file is missing, not a regular file, or corrupt."""
+    check_regular(path)
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes(), parse_int=parse_int)
     except (ValueError, RecursionError) as error:  # invalid JSON, invalid UTF-8, nested too deep
         raise UserError(f"{path} is corrupt: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is corrupt: it does not contain a JSON object")
     return value
+
+
+def check_regular(path: Path) -> None:
+    """Raise `UserError` unless a path is a regular file: reading a pipe or a device could block."""
+    if not path.is_file():
+        raise UserError(f"{path} is {'not a regular file' if path.exists() else 'missing'}")
+
+
+def parse_int(digits: str) -> int:
+    """Return an integer of a JSON file. Raises `ValueError` for one that does not fit in 64 bits."""
+    if len(digits) > 19 or abs(int(digits)) >= 2**63:
+        raise ValueError(f"the number {digits[:19]}... is too large")
+    return int(digits)
+
+
+def write_manifest(path: Path, value: dict) -> None:
+    """Write a JSON object with a checksum of its content."""
+    write_json(path, value | {"checksum": checksum_json(value)})
+
+
+def check_manifest(path: Path, value: dict, shape: dict) -> dict:
+    """Return the content of a manifest, the JSON object in `path`, without its checksum.
+
+    Manifests of earlier versions have no checksum. Raises `UserError` if the checksum is wrong, or a field is missing
+    or has another `shape`.
+    """
+    value = dict(value)
+    if value.pop("checksum", None) not in (None, checksum_json(value)):
+        raise UserError(f"{path} is corrupt: its own checksum is wrong")
+    for name, kind in shape.items():
+        if not has_shape(value.get(name), kind):
+            raise UserError(f"{path} is corrupt: {name} is {str(value.get(name))[:60]!r}")
+    return value
+
+
+def checksum_json(value: dict) -> str:
+    """Return the SHA-256 of a JSON value, which does not depend on spaces or on the order of names."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Return whether a JSON value has a shape.
+
+    Shapes are: a type; `int`, which stands for a count and excludes negative numbers; [shape], a list; {"name": shape},
+    an object with these fields at least; {str: shape}, an object with any fields; and a tuple of alternatives.
+    """
+    if isinstance(shape, tuple):
+        return any(has_shape(value, alternative) for alternative in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return False
+        fields = dict.fromkeys(value, shape[str]) if str in shape else shape
+        return all(has_shape(value.get(name), field) for name, field in fields.items())
+    if shape is None:
+        return value is None
+    if isinstance(value, bool):
+        return shape is bool
+    if shape is int:
+        return isinstance(value, int) and value >= 0
+    return isinstance(value, (int, float) if shape is float else shape)
 
 
 def lock_folder(folder: Path) -> FileLock:

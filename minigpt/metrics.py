@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from minigpt.cli import Progress, UserError, strip_control_chars
 from minigpt.distributed import Processes
 from minigpt.run import Run
-from minigpt.runs import list_checkpoints
+from minigpt.runs import list_checkpoints, read_log
 from model import GPT
 
 # Peak of dense bf16 matrix products in FLOP/s, from the data sheets, by a part of the GPU's name.
@@ -198,13 +198,6 @@ def open_tracker(name: str, folder: Path, config: Any, step: int) -> Any:
     return {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}[name](folder, config, step)
 
 
-def logged_rows(folder: Path) -> Iterator[dict]:
-    """Yield the rows of a run's log.jsonl, if it exists."""
-    if (folder / "log.jsonl").exists():
-        for line in (folder / "log.jsonl").read_text().splitlines():
-            yield json.loads(line)
-
-
 class TensorBoardTracker:
     """Event files in the run folder.
 
@@ -219,7 +212,7 @@ class TensorBoardTracker:
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=0)
         atexit.register(self.writer.close)
         self.writer.add_text("config", to_markdown([asdict(config)]), 0)
-        for row in logged_rows(folder):
+        for row in read_log(folder):
             self.log(row)
         self.hint = f"tensorboard --logdir {folder.parent}"
 
@@ -265,7 +258,7 @@ class WandbTracker:
         self.table = wandb.Table
         id_file.write_text(run_id)
         first = math.inf if resumed and self.run.offline else self.run.step  # online, the server returns its last step
-        for row in logged_rows(folder):
+        for row in read_log(folder):
             if row["step"] >= first:
                 self.log(row)
         sync = f"wandb sync {folder}/wandb/offline-run-*"

@@ -1,7 +1,6 @@
 """A run folder: its lock, its identity, resuming, signals and saving."""
 
 import json
-import math
 import os
 import signal
 import sys
@@ -17,11 +16,11 @@ from minigpt import checkpoint, runs
 from minigpt.cli import UserError
 from minigpt.dataset import Dataset
 from minigpt.distributed import Processes
-from minigpt.files import atomic_rename, lock_folder
+from minigpt.files import lock_folder, write_file
 from model import GPT, GPTConfig
 
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
-RUN_FILES = ("log.jsonl", "log.tmp", ".lock", "tensorboard", "wandb")  # besides the checkpoints
+RUN_FILES = ("log.jsonl", "log.jsonl.tmp", ".lock", "tensorboard", "wandb")  # besides the checkpoints
 
 
 class Run:
@@ -62,9 +61,8 @@ class Run:
         self.saved_flags: dict = {}
         if self.newest_checkpoint is not None:
             meta = runs.read_meta(self.newest_checkpoint)
-            self._check_same(meta.get("identity", {}), self.identity)
-            self.saved_flags = meta.get("config", {})
-            self.history = meta.get("history", [])
+            self._check_same(meta["identity"], self.identity)
+            self.saved_flags, self.history = meta["config"], meta["history"]
 
     def _check_same(self, saved: dict, current: dict) -> None:
         """Raise `UserError` if the saved run differs from the current one."""
@@ -97,21 +95,15 @@ class Run:
                 " share"
             )
         if self.procs.is_main:
-            found = runs.list_checkpoints(self.folder)
-            newer = found[found.index(self.newest_checkpoint) + 1 :] if self.newest_checkpoint else []
-            for folder in newer:  # corrupt
-                checkpoint.discard(folder)
+            checkpoint.set_aside(self.folder, self.newest_checkpoint)
             self._truncate_log(-1 if step is None else step)
         return step or 0
 
     def _truncate_log(self, step: int) -> None:
         """Drop the log rows after a step, which will be logged again."""
-        if not self.log_file.exists():
-            return
-        rows = [line for line in self.log_file.read_text().splitlines() if step_of_row(line) <= step]
-        temporary = self.log_file.with_suffix(".tmp")
-        temporary.write_text("".join(row + "\n" for row in rows))
-        atomic_rename(temporary, self.log_file)
+        if self.log_file.exists():
+            rows = (row for row in runs.read_log(self.folder) if row["step"] <= step)
+            write_file(self.log_file, (json.dumps(row).encode() + b"\n" for row in rows))
 
     def save(self, step: int, model: GPT, optimizer: torch.optim.Optimizer, metrics: dict) -> None:
         """Write the checkpoint of a step, then prune old ones."""
@@ -156,11 +148,3 @@ class Run:
             print(f"stopped by {reason} after step {step:,}: run the same command again to resume", flush=True)
         self.procs.close()
         sys.exit(EXIT_STOPPED)
-
-
-def step_of_row(line: str) -> float:
-    """Return the step of a log row; infinity for a row truncated by a crash."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -4,15 +4,34 @@ This module does not import torch, so that preparations start fast.
 """
 
 import contextlib
+import json
 import math
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from minigpt.cli import UserError
-from minigpt.files import read_json, sha256
+from minigpt.cli import UserError, plural
+from minigpt.files import check_manifest, check_regular, has_shape, parse_int, read_json, sha256
 
 FORMAT_VERSION = 1
 RUNS = Path("runs")
+METRICS = {str: (float, None)}
+TRAINING = {"source": (dict, str), "step": (int, None), "metrics": (METRICS, None), "config": (dict, None)}
+CHECKPOINT = {  # of a checkpoint's meta.json; see `has_shape`
+    "step": int,
+    "metrics": METRICS,
+    "model": dict,
+    "tokenizer": str,
+    "files": {str: str},
+    "identity": dict,
+    "config": dict,
+    "source": dict,
+    "history": [TRAINING],
+}
+LOG_ROW = {"step": int, "tokens": int}
+LOG_ROW |= dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_s", "mfu"), (float, None))
+LOG_ROW |= dict.fromkeys(("val_loss", "bits_per_byte", "hellaswag", "hellaswag_norm"), (float, None))
 
 
 def find_newest_run(chat: bool) -> Path:
@@ -36,7 +55,7 @@ def list_runs() -> list[Path]:
 def is_chat_run(run: Path) -> bool:
     """Return whether finetune.py wrote a run, whose flags have --init."""
     with contextlib.suppress(UserError):
-        return "init" in read_meta(list_checkpoints(run)[-1]).get("identity", {})
+        return "init" in read_meta(list_checkpoints(run)[-1])["identity"]
     return False
 
 
@@ -48,7 +67,8 @@ def format_runs() -> str:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    found = [folder for folder in run.glob("step_*") if folder.name[5:].isdigit() and (folder / "meta.json").is_file()]
+    names = re.compile(r"step_[0-9]{1,18}")
+    found = [item for item in run.glob("step_*") if names.fullmatch(item.name) and (item / "meta.json").is_file()]
     return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
@@ -77,7 +97,7 @@ def find_best(run: Path) -> Path:
     """
     found = list_checkpoints(run)
     with contextlib.suppress(UserError):  # corrupt: reported when the checkpoint is loaded
-        if (read_meta(found[-1]).get("config") or {}).get("best_by") == "step":
+        if read_meta(found[-1])["config"].get("best_by") == "step":
             return found[-1]
     return min(reversed(found), key=read_val_loss)
 
@@ -101,18 +121,16 @@ def is_whole(checkpoint: Path) -> bool:
 
 def read_meta(folder: Path) -> dict:
     """Return a checkpoint's `meta.json`. Raises `UserError` if it is missing, corrupt, or of another version."""
-    if not (folder / "meta.json").is_file():
+    file = folder / "meta.json"
+    if not file.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no meta.json")
-    meta = read_json(folder / "meta.json")
+    meta = read_json(file)
     if meta.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{folder} has checkpoint format version {meta.get('version')}, expected {FORMAT_VERSION}: use the code"
             " that wrote it"
         )
-    for name, kind in {"files": dict, "metrics": dict, "model": dict, "tokenizer": str}.items():
-        if not isinstance(meta.get(name), kind):
-            raise UserError(f"{folder} is corrupt: its meta.json has no {name}")
-    return meta
+    return check_manifest(file, meta, CHECKPOINT)
 
 
 def verify(folder: Path) -> None:
@@ -124,7 +142,25 @@ def verify(folder: Path) -> None:
 
 def verify_file(file: Path, meta: dict) -> None:
     """Compare a file with its checksum. Raises `UserError` if it is missing or corrupt."""
-    if not file.is_file():
-        raise UserError(f"{file.parent} is corrupt: {file.name} is missing")
+    check_regular(file)
     if sha256(file) != meta["files"].get(file.name):
         raise UserError(f"{file} is corrupt or truncated: its checksum is wrong")
+
+
+def read_log(run: Path) -> Iterator[dict]:
+    """Yield the rows of a run's log.jsonl, if it exists; damaged rows are dropped with a warning."""
+    file, n_damaged = run / "log.jsonl", 0
+    if not file.exists():
+        return
+    check_regular(file)
+    with open(file, "rb") as lines:
+        for line in lines:
+            row = None
+            with contextlib.suppress(ValueError, RecursionError):  # a crash can truncate the last line
+                row = json.loads(line, parse_int=parse_int)
+            if has_shape(row, LOG_ROW):
+                yield row
+            else:
+                n_damaged += 1
+    if n_damaged:
+        print(f"warning: {file}: dropped {plural(n_damaged, 'damaged row')}", file=sys.stderr)

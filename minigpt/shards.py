@@ -13,14 +13,16 @@ latter is written last and makes the folder complete: contents, source, and the 
 import contextlib
 import hashlib
 import heapq
+import io
 import math
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
 
 from minigpt.cli import UserError, plural
-from minigpt.files import atomic_rename, lock_folder, read_json, sha256, write_json
+from minigpt.files import check_manifest, lock_folder, read_json, write_file, write_manifest
 from minigpt.tokenizer import TOKENIZER_FILE
 
 FORMAT_VERSIONS = {"text": 1, "chat": 2}
@@ -28,6 +30,21 @@ SCRIPTS = {"text": "prepare_fineweb.py", "chat": "prepare_dolly.py"}
 SPLITS = ("train", "val")
 MIN_SPLIT_TOKENS = 17  # a row of 16 tokens and its targets
 PROGRESS_FILE = "incomplete.json"  # replaces meta.json while the folder is being written
+ARRAY = {"file": str, "length": int, "sha256": str}
+SPLIT = {"documents": int, "tokens": int, "files": [ARRAY]}
+DATASET = {  # of meta.json; see `has_shape`
+    "tokenizer": str,
+    "vocab_size": int,
+    "source": dict,
+    "val_fraction": float,
+    "val_fraction_used": (float, None),
+    "train": SPLIT,
+    "val": SPLIT,
+}
+CHAT_SPLIT = SPLIT | {"loss_tokens": int}
+CHAT_COUNTS = dict.fromkeys(("block_size", "records", "truncated", "dropped", "skipped_empty"), int)
+SHAPES = {"text": DATASET, "chat": DATASET | CHAT_COUNTS | {"train": CHAT_SPLIT, "val": CHAT_SPLIT}}
+DTYPES = {"<u2": np.uint16, "|b1": np.bool_, "<i8": np.int64}  # of the arrays, by their names in .npy headers
 # Shards of other repositories, such as fineweb_train_000001.bin, edufineweb_val_000000.npy and train.bin.
 BARE_SHARD = re.compile(r"(?:.*[_-])?(train|val)(?:[_-]?\d+)?\.(?:npy|bin)")
 BIN_FORMAT = (20240520, 1)  # magic and version in the header of llm.c's GPT-2 shards
@@ -99,10 +116,27 @@ def begin_dataset(folder: Path, meta: dict) -> dict | None:
     Returns the progress that an interrupted run saved, {} if there is none, or None if the dataset is complete.
     Raises `UserError` if the folder holds anything else, or if another process is writing to it.
     """
+    if inspect_folder(folder, meta) is None:
+        return None
+    lock_folder(folder)
+    progress = inspect_folder(folder, meta)  # again, as another process can have completed the dataset
+    if progress is not None:
+        (folder / "meta.json").unlink(missing_ok=True)
+        save_progress(folder, meta, progress)
+    return progress
+
+
+def inspect_folder(folder: Path, meta: dict) -> dict | None:
+    """Return the saved progress of the dataset that `meta` describes, {} if there is none, None if it is complete.
+
+    Raises `UserError` if the folder holds anything else.
+    """
     complete = (folder / "meta.json").exists()
-    progress: dict = {}
     if complete or (folder / PROGRESS_FILE).exists():
-        saved = read_json(folder / ("meta.json" if complete else PROGRESS_FILE))
+        file = folder / ("meta.json" if complete else PROGRESS_FILE)
+        saved = read_json(file)
+        if saved.get("kind") not in tuple(SCRIPTS):  # a checkpoint, a vocabulary, or a folder of another program
+            raise UserError(f"{folder} already exists and is not a dataset folder: choose another --out")
         changed = [key for key in meta if saved.get(key) != meta[key]]
         if changed and any(folder.glob("*.npy")):  # without finished arrays nothing can be lost
             differences = "; ".join(
@@ -113,26 +147,23 @@ def begin_dataset(folder: Path, meta: dict) -> dict | None:
                 f"{folder} already holds another{'' if complete else ', incomplete'} dataset ({differences}):"
                 " choose another --out or delete it"
             )
-        if complete and not changed:
-            return None
-        progress = saved.get("progress", {}) if not changed else {}
+        if not changed:
+            saved = check_manifest(file, saved, SHAPES[meta["kind"]] if complete else {"progress": (dict, None)})
+            return None if complete else saved.get("progress") or {}
     elif folder.exists() and any(item.name not in (f"{PROGRESS_FILE}.tmp", ".lock") for item in folder.iterdir()):
         raise UserError(f"{folder} already exists and is not a dataset folder: choose another --out")
-    lock_folder(folder)
-    (folder / "meta.json").unlink(missing_ok=True)
-    save_progress(folder, meta, progress)
-    return progress
+    return {}
 
 
 def save_progress(folder: Path, meta: dict, progress: dict) -> None:
     """Save the progress of an incomplete dataset: the writers' states by split, and anything else that is needed."""
-    write_json(folder / PROGRESS_FILE, meta | {"progress": progress})
+    write_manifest(folder / PROGRESS_FILE, meta | {"progress": progress})
     remove_arrays(folder, keep=progress)
 
 
 def finish_dataset(folder: Path, meta: dict) -> None:
     """Write `meta.json`, which completes the dataset."""
-    write_json(folder / "meta.json", meta)
+    write_manifest(folder / "meta.json", meta)
     (folder / PROGRESS_FILE).unlink()
     remove_arrays(folder, keep=meta)
 
@@ -169,18 +200,12 @@ def remove_arrays(folder: Path, keep: dict) -> None:
 
 def write_array(file: Path, array: np.ndarray) -> dict:
     """Write one `.npy` file atomically; return its entry for meta.json."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-            stream.write(array.data)  # np.save does not report a full disk
-        digest = sha256(temporary)
-        atomic_rename(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = error.filename or str(file)
-        raise
-    return {"file": file.name, "length": len(array), "sha256": digest}
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    write_file(file, (header.getvalue(), array.data))  # np.save does not report a full disk
+    digest = hashlib.sha256(header.getvalue())
+    digest.update(array.data)
+    return {"file": file.name, "length": len(array), "sha256": digest.hexdigest()}
 
 
 class ShardWriter:
@@ -241,9 +266,10 @@ def read_meta(folder: Path, kind: str | None = None) -> dict:
         if (folder / PROGRESS_FILE).exists():
             raise UserError(f"{folder} is incomplete: run {script} again to complete it")
         return infer_meta(folder, kind)
-    meta = read_json(folder / "meta.json")
+    file = folder / "meta.json"
+    meta = read_json(file)
     if meta.get("kind") not in tuple(SCRIPTS):
-        raise UserError(f"{folder} is not a dataset folder: its meta.json has no kind of data")
+        raise UserError(f"{folder} is not a dataset folder: the kind in its meta.json is {meta.get('kind')!r}")
     if kind not in (None, meta.get("kind")):
         raise UserError(f"{folder} holds {meta.get('kind')} data, not {kind}: create one with {script}")
     expected = FORMAT_VERSIONS.get(meta.get("kind"))
@@ -251,8 +277,9 @@ def read_meta(folder: Path, kind: str | None = None) -> dict:
         raise UserError(
             f"{folder} has format version {meta.get('version')}, expected {expected}: delete it and run {script} again"
         )
-    if not all(isinstance(meta.get(split), dict) and meta[split].get("files") for split in SPLITS):
-        raise UserError(f"{folder}/meta.json lists no files: delete {folder} and run {script} again")
+    meta = check_manifest(file, meta, SHAPES[meta["kind"]])
+    if not all(meta[split]["files"] for split in SPLITS):
+        raise UserError(f"{file} lists no files: delete {folder} and run {script} again")
     return meta
 
 
@@ -276,6 +303,7 @@ def infer_meta(folder: Path, kind: str | None) -> dict:
             f"{folder} holds nanoGPT's character tokens: their vocabulary, meta.pkl, is a pickle and is never loaded;"
             " prepare the text with prepare_fineweb.py --files input.txt --tokenizer bytes"
         )
+    raise_file_limit()
     meta: dict = {"kind": "text", "tokenizer": "gpt2"}
     for split, files in shards.items():
         arrays = [open_array(file) for file in files]
@@ -294,14 +322,18 @@ def sha256_of_ends(array: np.ndarray, length: int = 500_000) -> str:
 
 def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
     """Map the arrays of each split into memory, in the order of meta.json."""
-    try:
-        entries = {split: [(entry["file"], entry["length"]) for entry in meta[split]["files"]] for split in SPLITS}
-    except (KeyError, TypeError):
-        raise UserError(f"{folder}/meta.json is corrupt: delete {folder} and prepare it again") from None
+    entries = {split: [(entry["file"], entry["length"]) for entry in meta[split]["files"]] for split in SPLITS}
+    raise_file_limit()
     for name, _ in [entry for split in SPLITS for entry in entries[split]]:
         if Path(name).name != name:
             raise UserError(f"{folder}/meta.json names {name!r}, which is not a file in the folder")
     return {split: [open_array(folder / name, length) for name, length in entries[split]] for split in SPLITS}
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system does: each mapped array keeps its file open."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def open_array(file: Path, length: int | None = None) -> np.ndarray:
@@ -311,16 +343,32 @@ def open_array(file: Path, length: int | None = None) -> np.ndarray:
     if not file.is_file():
         raise UserError(f"{file} is {'not a regular file' if file.exists() else 'missing'}: {fix}")
     try:
-        array = open_bin(file) if is_bin else np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:  # a corrupt header, fewer bytes than the header says, an empty file
+        array = open_bin(file) if is_bin else open_npy(file)
+    except ValueError as error:
         raise UserError(f"{file} is corrupt or truncated: {error}; {fix}") from None
-    if not isinstance(array, np.ndarray):  # a .npz archive
-        raise UserError(f"{file} is corrupt or truncated: it is not an array; {fix}")
-    if array.ndim != 1:
-        raise UserError(f"{file} has {array.ndim} dimensions, expected 1")
     if length not in (None, len(array)):
         raise UserError(f"{file} has {len(array)} entries, expected {length} from its meta.json: {fix}")
     return array
+
+
+def open_npy(file: Path) -> np.ndarray:
+    """Map a one-dimensional array into memory. Raises `ValueError` if the header is not exactly one that NumPy writes.
+
+    `numpy.load` evaluates the header as Python, and raises many types for a corrupt one.
+    """
+    with open(file, "rb") as stream:
+        start = stream.read(10)
+        header = stream.read(int.from_bytes(start[8:], "little"))
+    descr = "|".join(map(re.escape, DTYPES))
+    pattern = rf"{{'descr': '({descr})', 'fortran_order': False, 'shape': \((\d{{1,18}}),\), }} *\n"
+    found = re.fullmatch(pattern.encode(), header)
+    if start[:8] != b"\x93NUMPY\x01\x00" or found is None:
+        raise ValueError(f"it is not a one-dimensional .npy array of {', '.join(DTYPES)}")
+    dtype, length, offset = np.dtype(DTYPES[found[1].decode()]), int(found[2]), len(start) + len(header)
+    size, expected = file.stat().st_size, offset + length * dtype.itemsize
+    if size != expected:
+        raise ValueError(f"it has {size:,} bytes, expected {expected:,} for {length:,} entries")
+    return np.memmap(file, dtype, mode="r", offset=offset, shape=(length,))
 
 
 def open_bin(file: Path) -> np.ndarray:

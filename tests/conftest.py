@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from minigpt import checkpoint  # noqa: E402
 from minigpt.cli import UserError  # noqa: E402
+from minigpt.files import write_manifest  # noqa: E402
 from minigpt.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -190,6 +191,12 @@ def chatterbox(tmp_path_factory) -> Path:
         model.wte.weight[silent] = -1.0  # against that bias: their logits are far below all others
     checkpoint.save(folder, model, tokenizer, {}, {"step": 1})
     return folder
+
+
+def edit_manifest(file: Path, **changes: object) -> None:
+    """Change fields of a meta.json, whose checksum stays right; "absent" deletes a field."""
+    value = {name: field for name, field in (json.loads(file.read_text()) | changes).items() if field != "absent"}
+    write_manifest(file, {name: field for name, field in value.items() if name != "checksum"})
 
 
 def read_log(run: Path) -> list[dict]:

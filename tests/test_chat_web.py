@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import start
+from conftest import edit_manifest, start
 from hypothesis import example, given
 from hypothesis import strategies as st
 from screenshot import CHROMIUM, DRIVER, Browser, browser, chat_page, free_port
@@ -251,8 +251,7 @@ def test_example_questions(finetuned, chat_data, tmp_path):
     shutil.copytree(chat_data, tmp_path / "data")
     loaded.history[-1]["config"]["data"] = str(tmp_path / "data")
     assert chat_web.example_questions(loaded) == questions
-    meta = (tmp_path / "data" / "meta.json").read_text()
-    (tmp_path / "data" / "meta.json").write_text(meta.replace('"bytes"', '"gpt2"'))
+    edit_manifest(tmp_path / "data" / "meta.json", tokenizer="gpt2")
     assert chat_web.example_questions(loaded) == []
     shutil.rmtree(tmp_path / "data")
     assert chat_web.example_questions(loaded) == []

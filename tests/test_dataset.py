@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import edit_manifest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_shards import BARE_FORMATS, write_bin
@@ -25,6 +26,7 @@ from minigpt.dataset import (
     train_batches,
     val_batches,
 )
+from minigpt.files import write_manifest
 from minigpt.shards import FORMAT_VERSIONS, ShardWriter, write_array
 from minigpt.tokenizer import load_tokenizer
 from model import IGNORE_INDEX
@@ -37,9 +39,11 @@ SEEDS = st.integers(0, 2**31)
 
 
 def write_meta(folder: Path, kind: str, splits: dict, tokenizer: str = "bytes") -> Path:
-    (folder / "meta.json").write_text(
-        json.dumps({"version": FORMAT_VERSIONS[kind], "kind": kind, "tokenizer": tokenizer} | splits)
-    )
+    meta = {"version": FORMAT_VERSIONS[kind], "kind": kind, "tokenizer": tokenizer, "vocab_size": 257}
+    meta |= {"source": {}, "val_fraction": 0.1, "block_size": 8}
+    meta |= dict.fromkeys(("records", "truncated", "dropped", "skipped_empty"), 0)
+    counts = {"documents": 1, "tokens": 1, "loss_tokens": 1}
+    write_manifest(folder / "meta.json", meta | {split: counts | entry for split, entry in splits.items()})
     return folder
 
 
@@ -450,7 +454,6 @@ def test_offsets_begin_at_zero(tmp_path):
 @pytest.mark.parametrize("splits", [{"train": []}, {"train": {"files": [{"file": "train_tokens.npy", "length": 5}]}}])
 def test_manifest_of_another_shape(tmp_path, splits):
     folder = chat_folder(tmp_path, [random_conversation(3), random_conversation(2)], [random_conversation(3)])
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | splits))
+    edit_manifest(folder / "meta.json", **splits)
     with pytest.raises(UserError):
         ChatDataset(folder, 8)

@@ -45,7 +45,7 @@ def test_runs_of_the_scripts(run_script, pretrained, finetuned, tmp_path):
 
 def test_every_value_is_drawn_at_its_place(pretrained):
     rows = read_log(pretrained)
-    panels = draw(plot.read_log(pretrained))
+    panels = draw(plot.read_rows(pretrained))
     for title, key in {"Training loss": "loss", "Validation loss": "val_loss", "Learning rate": "lr"}.items():
         expected = [row["tokens"] for row in rows if key in row], [row[key] for row in rows if key in row]
         x, y = lines(panels[title])[0]
@@ -119,7 +119,7 @@ def test_a_run_that_has_just_started(rows, tmp_path):
 @pytest.mark.parametrize("cut", ['{"step": 101, "tok', "\x00\x00", '"a"\n7\n[]', "{}"])
 def test_a_line_cut_off_by_a_crash(tmp_path, cut):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS) + cut)
-    assert plot.read_log(tmp_path) == ROWS
+    assert plot.read_rows(tmp_path) == ROWS
 
 
 def test_axes_are_logarithmic_for_wide_ranges():
@@ -168,7 +168,7 @@ def test_format_lr(value, text):
 def test_errors(fails, tmp_path):
     (tmp_path / "runs" / "new").mkdir(parents=True)
     assert "runs/nowhere has no log.jsonl" in fails("plot.py", "runs/nowhere")
-    (tmp_path / "runs" / "new" / "log.jsonl").write_text('{"step": 0, "tok')
+    (tmp_path / "runs" / "new" / "log.jsonl").write_text('{"step": 0, "tokens": 0}\n')
     assert "runs/new/log.jsonl has no steps yet" in fails("plot.py", "runs/new")
     (tmp_path / "empty").mkdir()
     assert "no run folder given, and none under runs/" in fails("plot.py", cwd=tmp_path / "empty")
@@ -177,4 +177,4 @@ def test_errors(fails, tmp_path):
     assert "nowhere/loss.png" in fails("plot.py", "runs/new", "--out", "nowhere/loss.png")
     assert not list(tmp_path.glob("*.png"))
     with pytest.raises(UserError):
-        plot.read_log(Path("nowhere"))
+        plot.read_rows(Path("nowhere"))

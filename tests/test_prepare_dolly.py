@@ -27,6 +27,7 @@ import prepare_dolly
 from minigpt import chat, runs, shards
 from minigpt.chat import encode_chat
 from minigpt.cli import UserError
+from minigpt.files import write_manifest
 from minigpt.shards import PROGRESS_FILE
 from minigpt.tokenizer import load_tokenizer
 from prepare_dolly import suggest_finetuning
@@ -275,7 +276,10 @@ def test_the_same_input_gives_the_same_bytes_and_a_second_run_changes_nothing(pr
 def test_prepared_folders_stay_valid(prepare, tmp_path):
     """The same bytes as earlier versions, meta.json included: a change would make everyone prepare their data again."""
     prepare([{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, FINE]}])
-    whole = b"".join(data for name, data in sorted(contents(tmp_path / "out").items()) if name != ".lock")
+    files = contents(tmp_path / "out")
+    meta = {name: value for name, value in json.loads(files["meta.json"]).items() if name != "checksum"}  # is newer
+    files["meta.json"] = (json.dumps(meta, indent=2) + "\n").encode()
+    whole = b"".join(data for name, data in sorted(files.items()) if name != ".lock")
     assert hashlib.sha256(whole).hexdigest() == "0d425ca4e8060748fe61fd5d215c93bc09e871b07e2a6f377f757d030b5154ad"
 
 
@@ -656,8 +660,9 @@ def make_run(name: str, age: int, tokenizer: str = "bytes", init: bool = False, 
     file.parent.mkdir(parents=True)
     identity = {"lr": 1} | ({"init": "x"} if init else {})
     model = {"block_size": 1024, "n_embd": 768} | sizes
-    meta = {"version": runs.FORMAT_VERSION, "files": {}, "metrics": {}}
-    file.write_text(json.dumps(meta | {"tokenizer": tokenizer, "identity": identity, "model": model}))
+    meta = {"version": runs.FORMAT_VERSION, "step": 10, "files": {}, "metrics": {}, "config": {}, "source": {}}
+    meta |= {"tokenizer": tokenizer, "identity": identity, "model": model, "history": []}
+    write_manifest(file, meta)
     os.utime(file, (2_000_000_000 - age,) * 2)
 
 

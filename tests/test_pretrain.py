@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, TRAIN, read_log, start
+from conftest import ROOT, TRAIN, edit_manifest, read_log, start
 from safetensors.torch import load_file
 from test_shards import write_bin
 
@@ -100,7 +100,7 @@ def test_refuses_to_resume_on_other_data(fails, text_data, pretrained, tmp_path)
     shutil.copytree(text_data, tmp_path / "other")
     meta = json.loads((tmp_path / "other" / "meta.json").read_text())
     meta["train"]["files"][0]["sha256"] = "0" * 64
-    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    edit_manifest(tmp_path / "other" / "meta.json", train=meta["train"])
     assert "data was" in fails("pretrain.py", "--data", "other", "--out", pretrained, *TRAIN)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import edit_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt import shards
 from minigpt.cli import UserError
+from minigpt.files import checksum_json, write_manifest
 from minigpt.shards import (
     FORMAT_VERSIONS,
     MIN_SPLIT_TOKENS,
@@ -30,7 +32,10 @@ from minigpt.shards import (
     write_array,
 )
 
-META = {"version": FORMAT_VERSIONS["text"], "kind": "text", "tokenizer": "bytes", "source": {"files": [{"bytes": 3}]}}
+META = {"version": FORMAT_VERSIONS["text"], "kind": "text", "tokenizer": "bytes", "vocab_size": 257}
+META |= {"source": {"files": [{"bytes": 3}]}, "val_fraction": 0.1}
+CHAT_META = META | {"version": FORMAT_VERSIONS["chat"], "kind": "chat", "block_size": 8}
+CHAT_META |= dict.fromkeys(("records", "truncated", "dropped", "skipped_empty"), 0)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +51,7 @@ def make_dataset(folder: Path, meta: dict = META) -> Path:
     for split, tokens in {"train": [256, 1, 2, 3, 4], "val": [256, 5, 6]}.items():
         writer = ShardWriter(folder, split, 2)
         writer.add(np.array(tokens, dtype=np.uint16))
-        splits[split] = writer.close()
+        splits[split] = writer.close() | ({"loss_tokens": 1} if meta["kind"] == "chat" else {})
     finish_dataset(folder, meta | splits)
     return folder
 
@@ -56,8 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def change_meta(folder: Path, **changes) -> None:
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | changes))
+    edit_manifest(folder / "meta.json", **changes)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -90,11 +94,11 @@ def test_concatenated_shards_are_the_concatenated_documents(tmp_path_factory, le
 
 
 def test_a_failed_write_of_an_array_leaves_no_file(tmp_path, monkeypatch):
-    def full(stream, header):
-        stream.write(b"half")
+    def full(path):
+        assert path.read_bytes().startswith(b"\x93NUMPY")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    monkeypatch.setattr("minigpt.files.fsync", full)
     with pytest.raises(OSError, match="No space left") as error:
         write_array(tmp_path / "train_000000.npy", np.arange(3))
     assert error.value.filename == str(tmp_path / "train_000000.npy")
@@ -174,7 +178,8 @@ def test_a_new_folder_is_created_and_marked_incomplete(tmp_path):
     folder = tmp_path / "deep" / "data"
     assert begin_dataset(folder, META) is not None
     assert [file.name for file in folder.iterdir()] == [PROGRESS_FILE]
-    assert json.loads((folder / PROGRESS_FILE).read_text()) == META | {"progress": {}}
+    saved = json.loads((folder / PROGRESS_FILE).read_text())
+    assert saved.pop("checksum") == checksum_json(saved) and saved == META | {"progress": {}}
 
 
 def test_a_complete_dataset_is_not_changed(tmp_path):
@@ -200,11 +205,11 @@ def test_leftovers_of_an_interrupted_run_are_removed(tmp_path):
     (folder / "meta.json").rename(folder / PROGRESS_FILE)
     for name in ("train_000007.npy", "val_000000.npy.tmp"):
         (folder / name).write_bytes(b"half")
-    (folder / PROGRESS_FILE).write_text(json.dumps(META))
+    write_manifest(folder / PROGRESS_FILE, META | {"progress": {}})
     assert begin_dataset(folder, META) is not None
     assert [file.name for file in folder.iterdir()] == [PROGRESS_FILE]
     assert begin_dataset(folder, META | {"tokenizer": "gpt2"}) == {}  # no shard was finished, so nothing is lost
-    (folder / PROGRESS_FILE).write_text(json.dumps(META | {"progress": {"position": 3}}))
+    write_manifest(folder / PROGRESS_FILE, META | {"progress": {"position": 3}})
     assert begin_dataset(folder, META) == {"position": 3}
     assert begin_dataset(folder, META | {"tokenizer": "gpt2"}) == {}  # progress of another dataset does not count
     assert json.loads((folder / PROGRESS_FILE).read_text())["tokenizer"] == "gpt2"
@@ -228,12 +233,13 @@ def test_a_dataset_with_meta_json_is_complete(tmp_path):
     assert read_meta(folder, "text")["tokenizer"] == "bytes"
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "train_000000.npy", ".hidden"])
+@pytest.mark.parametrize("name", ["thesis.txt", "train_000000.npy", ".hidden", "meta.json"])
 def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path, name):
-    (tmp_path / name).write_text("years of work")
+    text = '{"kind": "tokenizer"}' if name == "meta.json" else "years of work"
+    (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match="already exists and is not a dataset folder: choose another --out"):
         begin_dataset(tmp_path, META)
-    assert contents(tmp_path) == {name: b"years of work"}
+    assert contents(tmp_path) == {name: text.encode()}
 
 
 def test_a_discarded_dataset_leaves_nothing(tmp_path):
@@ -289,9 +295,18 @@ def mark_incomplete(folder: Path) -> None:
             "chat",
             "has format version 1, expected 2: delete it and run",
         ),
-        (lambda folder: change_meta(folder, kind=None), "text", "is not a dataset folder: its meta.json has no kind"),
-        (lambda folder: change_meta(folder, kind=["text"]), None, "is not a dataset folder: its meta.json has no kind"),
-        (lambda folder: change_meta(folder, val={}), "text", "lists no files"),
+        (
+            lambda folder: change_meta(folder, kind=None),
+            "text",
+            "the kind in its meta.json is None",
+        ),
+        (lambda folder: change_meta(folder, kind=["text"]), None, "the kind in its meta.json is"),
+        (lambda folder: change_meta(folder, val={}), "text", "meta.json is corrupt: val is"),
+        (
+            lambda folder: change_meta(folder, val={"documents": 1, "tokens": 1, "files": []}),
+            "text",
+            "lists no files",
+        ),
         (lambda folder: (folder / "meta.json").write_text('{"version": 1,'), "text", "meta.json is corrupt"),
         (lambda folder: (folder / "meta.json").write_bytes(b'{"version": "\xff"}'), "text", "meta.json is corrupt"),
         (
@@ -310,8 +325,8 @@ def test_a_folder_that_cannot_be_read(tmp_path, corrupt, kind, message):
 
 def test_any_kind_is_read_without_an_expected_one(tmp_path):
     make_dataset(tmp_path / "text")
-    make_dataset(tmp_path / "chat", META | {"kind": "chat", "version": FORMAT_VERSIONS["chat"]})
-    make_dataset(tmp_path / "old", META | {"kind": "chat", "version": 1})  # its loss mask has another name
+    make_dataset(tmp_path / "chat", CHAT_META)
+    make_dataset(tmp_path / "old", CHAT_META | {"version": 1})  # its loss mask has another name
     assert [read_meta(tmp_path / kind)["kind"] for kind in ("text", "chat")] == ["text", "chat"]
     with pytest.raises(UserError, match=r"has format version 1, expected 2: delete it and run prepare_.* again"):
         read_meta(tmp_path / "old")
@@ -335,7 +350,7 @@ def test_a_folder_without_validation_shards(tmp_path):
 def test_meta_json_with_corrupt_entries(tmp_path, files):
     folder = make_dataset(tmp_path / "data")
     change_meta(folder, train={"files": files})
-    with pytest.raises(UserError, match=r"meta.json is corrupt: delete .* and prepare it again"):
+    with pytest.raises(UserError, match=r"meta.json is corrupt: train is"):
         open_arrays(folder, read_meta(folder, "text"))
 
 
@@ -343,7 +358,7 @@ def test_meta_json_with_corrupt_entries(tmp_path, files):
 def test_meta_json_names_files_in_its_own_folder_only(tmp_path, name):
     folder = make_dataset(tmp_path / "data")
     np.save(tmp_path / "outside.npy", np.arange(3, dtype=np.uint16))
-    change_meta(folder, train={"files": [{"file": name, "length": 3}]})
+    change_meta(folder, train={"documents": 1, "tokens": 3, "files": [{"file": name, "length": 3, "sha256": ""}]})
     with pytest.raises(UserError, match="which is not a file in the folder"):
         open_arrays(folder, read_meta(folder, "text"))
 
@@ -375,7 +390,7 @@ def test_a_truncated_array_is_refused(tmp_path_factory, data):
 
 def test_an_array_of_two_dimensions_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((3, 2), dtype=np.uint16))
-    with pytest.raises(UserError, match=r"a\.npy has 2 dimensions, expected 1"):
+    with pytest.raises(UserError, match=r"a\.npy is corrupt or truncated: it is not a one-dimensional .npy array"):
         open_array(tmp_path / "a.npy", 3)
 
 

@@ -63,7 +63,7 @@ def test_corrupt_checkpoints_are_listed_and_fail(run_script, fails, pretrained, 
     done = run_script(SCRIPT, tmp_path, expect=2)
     found = [line.split("  ")[-1] for line in done.stdout.splitlines()[1:]]
     assert found[0] == "model.safetensors is corrupt or truncated: its checksum is wrong"
-    assert found[2] == "corrupt: train_state.safetensors is missing"
+    assert found[2] == "train_state.safetensors is missing"
     assert found[4] == "best, whole" and found[5].startswith("meta.json is corrupt: ")
     assert found[1::6] == ["best, whole", "best, whole"] and found[6] == "whole"
     assert done.stderr == "error: 3 of 8 are corrupt: delete them, and prepare datasets again\n"
