@@ -172,8 +172,8 @@ def hub_datasets(source: Any) -> list[str]:
     """Return the hub datasets in the "source" entry of a dataset's meta.json."""
     if not isinstance(source, dict):
         return []
-    own = [source["dataset"]] if "dataset" in source else []
-    return own + [dataset for part in source.get("mix", []) for dataset in hub_datasets(part)]
+    own = [source["dataset"]] if source.get("dataset") else []
+    return own + [dataset for part in source.get("mix") or [] for dataset in hub_datasets(part)]
 
 
 def format_training(training: dict) -> str:
@@ -182,14 +182,14 @@ def format_training(training: dict) -> str:
     if not config:
         return f"Weights from {format_source(training['source'])}.\n"
     verb = "Finetuned" if "init" in config else "Pretrained"
-    loss = training["metrics"].get("val_loss")
+    step, loss = training.get("step") or 0, (training.get("metrics") or {}).get("val_loss")
     rows = {
-        "steps": f"{training['step']:,}",
-        "tokens": f"{training['step'] * config['batch_tokens']:,}",
+        "steps": f"{step:,}",
+        "tokens": f"{step * (config.get('batch_tokens') or 0):,}",
         "validation loss, nats per token": f"{loss:.4f}" if loss is not None else "not measured",
     }
     for name in ("batch_tokens", "lr", "warmup_fraction", "weight_decay", "grad_clip", "dropout", "seed"):
-        rows[name] = str(config[name])
+        rows[name] = str(config.get(name))
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return f"{verb} on {format_source(training['source'])}.\n\n| | |\n|---|---|\n{table}"
 
@@ -198,12 +198,12 @@ def format_source(source: Any) -> str:
     """Format a "source" entry: that of a dataset's meta.json, or the folder or hub id of downloaded weights."""
     if isinstance(source, str) or not source:
         return f"`{source}`" if source else "an unknown source"
-    if "dataset" in source:
+    if source.get("dataset"):
         revision = f" at revision {source['revision'][:12]}" if source.get("revision") else ""
         return f"{source['dataset']}{'/' + source['name'] if source.get('name') else ''}{revision}"
-    if "files" in source:
+    if source.get("files"):
         return f"local files: {', '.join(Path(file['file']).name for file in source['files'])}"
-    return "; ".join(f"{part.get('weight', 1):g} x {format_source(part)}" for part in source.get("mix", []))
+    return "; ".join(f"{part.get('weight', 1):g} x {format_source(part)}" for part in source.get("mix") or [])
 
 
 if __name__ == "__main__":

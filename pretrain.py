@@ -114,8 +114,7 @@ def main(config: Config) -> None:
     while not run.stop_requested() and step < config.steps:
         started = time.perf_counter()
         lr = get_lr(step, config.steps, config.lr, config.warmup_fraction)
-        training.seed_step(config.seed, step, procs.rank)
-        options = (lr, config.grad_clip, procs, logger.log_micro_batch)
+        options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch)
         metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1
         logger.log_step(step, metrics, lr, started)

@@ -9,6 +9,7 @@ A checkpoint is written to a temporary folder beside its final place, flushed to
 hold tensors only, so loading a checkpoint from elsewhere cannot execute code.
 """
 
+import itertools
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from minigpt.cli import UserError
 from minigpt.files import atomic_rename, fsync, sha256, write_manifest
-from minigpt.runs import FORMAT_VERSION, find_best, list_checkpoints, verify_file
+from minigpt.runs import FORMAT_VERSION, find_best, list_checkpoints, list_steps, verify_file
 from minigpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -147,17 +148,11 @@ def discard(folder: Path) -> None:
     folder.rename(temporary)
 
 
-def set_aside(run: Path, newest: Path | None) -> None:
-    """Rename everything that is in the way of later checkpoints, with a warning.
-
-    That is whatever is called step_NUMBER and is no checkpoint, and the checkpoints after `newest`, which are corrupt.
-    """
-    found = list_checkpoints(run)
-    whole = found[: found.index(newest) + 1] if newest else []
-    for item in sorted(run.glob("step_*")):
-        if item.suffix in (".tmp", ".corrupt") or item in whole:
-            continue
-        names = (item.with_name(f"{item.name}{f'.{i}' if i else ''}.corrupt") for i in range(1000))
+def set_aside(run: Path, newest: Path) -> None:
+    """Rename the corrupt checkpoints after `newest`, which are in the way of new ones."""
+    found = list_steps(run)
+    for item in found[found.index(newest) + 1 :]:
+        names = (item.with_name(f"{item.name}.corrupt{i or ''}") for i in itertools.count())
         name = next(name for name in names if not name.exists())
         item.rename(name)
-        print(f"warning: {item} is not a whole checkpoint; renamed to {name.name}", file=sys.stderr)
+        print(f"warning: renamed {item} to {name.name}", file=sys.stderr)

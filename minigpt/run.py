@@ -95,7 +95,8 @@ class Run:
                 " share"
             )
         if self.procs.is_main:
-            checkpoint.set_aside(self.folder, self.newest_checkpoint)
+            if self.newest_checkpoint is not None:
+                checkpoint.set_aside(self.folder, self.newest_checkpoint)
             self._truncate_log(-1 if step is None else step)
         return step or 0
 

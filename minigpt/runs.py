@@ -13,11 +13,13 @@ from pathlib import Path
 
 from minigpt.cli import UserError, plural
 from minigpt.files import check_manifest, check_regular, has_shape, parse_int, read_json, sha256
+from minigpt.sources import SOURCE
 
 FORMAT_VERSION = 1
 RUNS = Path("runs")
 METRICS = {str: (float, None)}
-TRAINING = {"source": (dict, str), "step": (int, None), "metrics": (METRICS, None), "config": (dict, None)}
+FLAGS = {"batch_tokens": (int, None), "micro_batch_size": (int, None)}
+TRAINING = {"source": (SOURCE, str), "step": (int, None), "metrics": (METRICS, None), "config": (FLAGS, None)}
 CHECKPOINT = {  # of a checkpoint's meta.json; see `has_shape`
     "step": int,
     "metrics": METRICS,
@@ -25,8 +27,8 @@ CHECKPOINT = {  # of a checkpoint's meta.json; see `has_shape`
     "tokenizer": str,
     "files": {str: str},
     "identity": dict,
-    "config": dict,
-    "source": dict,
+    "config": FLAGS,
+    "source": SOURCE,
     "history": [TRAINING],
 }
 LOG_ROW = {"step": int, "tokens": int}
@@ -67,9 +69,13 @@ def format_runs() -> str:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    names = re.compile(r"step_[0-9]{1,18}")
-    found = [item for item in run.glob("step_*") if names.fullmatch(item.name) and (item / "meta.json").is_file()]
-    return sorted(found, key=lambda folder: int(folder.name[5:]))
+    return [folder for folder in list_steps(run) if (folder / "meta.json").is_file()]
+
+
+def list_steps(run: Path) -> list[Path]:
+    """Return what a run has at the places of checkpoints, damaged or not, oldest first."""
+    found = [item for item in run.glob("step_*") if re.fullmatch("step_[0-9]{1,18}", item.name)]
+    return sorted(found, key=lambda item: int(item.name[5:]))
 
 
 def find_newest(run: Path, warn: bool = False) -> Path | None:
@@ -77,7 +83,7 @@ def find_newest(run: Path, warn: bool = False) -> Path | None:
 
     Raises `UserError` if all checkpoints are corrupt.
     """
-    found = list_checkpoints(run)
+    found = list_steps(run)
     for folder in reversed(found):
         try:
             verify(folder)

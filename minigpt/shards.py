@@ -23,6 +23,7 @@ import numpy as np
 
 from minigpt.cli import UserError, plural
 from minigpt.files import check_manifest, lock_folder, read_json, write_file, write_manifest
+from minigpt.sources import SOURCE
 from minigpt.tokenizer import TOKENIZER_FILE
 
 FORMAT_VERSIONS = {"text": 1, "chat": 2}
@@ -35,7 +36,7 @@ SPLIT = {"documents": int, "tokens": int, "files": [ARRAY]}
 DATASET = {  # of meta.json; see `has_shape`
     "tokenizer": str,
     "vocab_size": int,
-    "source": dict,
+    "source": SOURCE,
     "val_fraction": float,
     "val_fraction_used": (float, None),
     "train": SPLIT,

@@ -17,6 +17,11 @@ from minigpt.readers import RECORD_SUFFIXES, Record, check_column, data_suffix, 
 TEXT_SOURCE_SUFFIXES = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BATCH_CHARS = 4_000_000
+SOURCE = {  # the shape of a source's `metadata()`, see `has_shape`
+    **dict.fromkeys(("dataset", "name", "revision", "split"), (str, None)),
+    "files": ([{"file": str}], None),
+}
+SOURCE |= {"mix": ([SOURCE | {"weight": float}], None), "val": (SOURCE, None)}
 
 
 class NetworkError(UserError):

@@ -85,13 +85,14 @@ def train_step(
     lr: float,
     grad_clip: float,
     procs: Processes,
+    seed_and_step: tuple[int, int] = (0, 0),
     on_micro_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Do one optimiser step on this process's micro-batches of the global batch.
 
     The loss is the sum over all targets of all micro-batches on all processes, divided by their number. So no target
     weighs more because its micro-batch has fewer. If the loss or a gradient is not finite, weights and optimiser state
-    stay unchanged. `on_micro_batch(done, total)` is called after each micro-batch.
+    stay unchanged. `seed_and_step` decides the dropout. `on_micro_batch(done, total)` is called after each micro-batch.
 
     Returns:
         loss: mean cross-entropy per target of the global batch in nats; on the device, like grad_norm.
@@ -103,6 +104,7 @@ def train_step(
     n_targets = procs.all_reduce(torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum())
     loss_sum = torch.zeros((), device=procs.device)
     for i, batch in enumerate(batches):
+        seed_dropout(*seed_and_step, i * procs.world_size + procs.rank)
         skip_sync = procs.world_size > 1 and i < len(batches) - 1  # all-reduce gradients with the last micro-batch only
         with model.no_sync() if skip_sync else contextlib.nullcontext():
             with procs.autocast():
@@ -120,9 +122,12 @@ def train_step(
     return {"loss": loss, "grad_norm": grad_norm}
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make dropout a pure function of (seed, step, rank), so that a resumed run draws the same masks."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Make dropout a pure function of (seed, step, number of the micro-batch in the global batch).
+
+    So a resumed run draws the same masks, and so does any number of processes.
+    """
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + micro_batch) % 2**63)
 
 
 @torch.no_grad()

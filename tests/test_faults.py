@@ -195,7 +195,7 @@ def test_the_clock_stops_finetuning_too(run_script, pretrained, chat_data, tmp_p
 
 
 def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
+    file.write_bytes(file.read_bytes()[:-9])
 
 
 def flip_a_bit(file: Path) -> None:
@@ -204,15 +204,28 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "train_state.safetensors"])
+def replace_by_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def replace_by_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink, replace_by_a_folder, replace_by_a_pipe])
+@pytest.mark.parametrize("name", ["model.safetensors", "train_state.safetensors", "meta.json"])
 def test_training_falls_back_to_the_newest_good_checkpoint(run_script, pretrained, text_data, tmp_path, name, damage):
     shutil.copytree(pretrained, tmp_path / "run")
     damage(tmp_path / "run" / "step_000012" / name)
     often = ("--val_every", 4, "--save_every", 6)
     done = run_script("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN, *often)
     assert name in done.stderr and "trying an earlier checkpoint" in done.stderr and "6 completed" in done.stdout
+    assert "renamed run/step_000012 to step_000012.corrupt" in done.stderr
     soak.assert_equal(pretrained, tmp_path / "run")
+    done = run_script("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN, *often)
+    assert "12 completed" in done.stdout and not done.stderr
 
 
 def test_no_new_start_if_all_checkpoints_are_corrupt(fails, pretrained, text_data, tmp_path):

@@ -19,7 +19,7 @@ from minigpt.training import (
     choose_micro_batch_size,
     find_max_micro_batch_size,
     get_batch_size,
-    seed_step,
+    seed_dropout,
     train_step,
     validate,
 )
@@ -68,7 +68,7 @@ def test_step_equals_plain_torch(micro_batch_size):
 def test_step_reports_each_micro_batch():
     model, calls = small_model(), []
     optimizer = build_optimizer(model, 1e-2, 0.1)
-    train_step(model, split(ragged_batch(6), 2), optimizer, 1e-2, 0.5, ALONE, lambda *call: calls.append(call))
+    train_step(model, split(ragged_batch(6), 2), optimizer, 1e-2, 0.5, ALONE, (0, 0), lambda *call: calls.append(call))
     assert calls == [(1, 3), (2, 3), (3, 3)]
     validate(model, split(ragged_batch(6), 2), ALONE, calls.append)
     assert calls[3:] == [1, 2, 3]
@@ -102,12 +102,12 @@ def test_validation_is_the_exact_mean_and_leaves_no_trace():
     assert math.isclose(found, expected.item(), rel_tol=1e-6)
 
 
-def test_dropout_is_a_function_of_seed_step_and_rank():
+def test_dropout_is_a_function_of_seed_step_and_micro_batch():
     def draw(*key: int) -> float:
-        seed_step(*key)
+        seed_dropout(*key)
         return torch.rand(()).item()
 
-    keys = [(seed, step, rank) for seed in (0, 1) for step in (0, 1, 2) for rank in (0, 1)]
+    keys = [(seed, step, micro) for seed in (0, 1) for step in (0, 1, 2) for micro in (0, 1)]
     assert len({draw(*key) for key in keys}) == len(keys)
     assert draw(1, 2, 1) == draw(1, 2, 1)
 
