@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import gradio
 
 UPDATE_SECONDS = 0.05  # minimum time between two updates of an answer
+MAX_ANSWER_SECONDS = 300
 MAX_EXAMPLE_CHARS = 100  # length of an example question
 # The browser loads nothing from other hosts, such as an image in an answer.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -212,7 +213,7 @@ def stream_answer(
     messages += [{"role": "user", "content": question}]
     encode = functools.partial(encode_prompt, loaded.tokenizer, block_size=loaded.model.config.block_size)
     try:
-        max_tokens = max_tokens or SamplingParams.max_tokens
+        max_tokens = min(max_tokens or SamplingParams.max_tokens, loaded.model.config.block_size)
         params = SamplingParams(max_tokens, temperature, max(0, top_k or 0) or None, top_p)
         seed = -1 if seed is None else seed
         cli.check_range("seed", seed, -1, 2**63 - 1)
@@ -228,9 +229,11 @@ def stream_answer(
             " from now on, its oldest part is dropped."
         )
     generator = make_generator(None if seed == -1 else seed, device)
-    text, updated = "", 0.0
+    text, updated, started = "", 0.0, time.monotonic()
     for [piece] in stream_text(loaded.model, loaded.tokenizer, prompt, params, generator):
         text += piece or ""
+        if time.monotonic() - started > MAX_ANSWER_SECONDS:  # others wait
+            break
         if time.monotonic() - updated > UPDATE_SECONDS:
             yield text
             updated = time.monotonic()
@@ -282,6 +285,8 @@ def get_text(content: str | list[str | dict]) -> str:
 def serve(page: "gradio.Blocks", config: Config) -> None:
     """Serve the page until Ctrl-C. There is no public link, no upload, and no record of the conversations."""
     import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     # With bold faces that have all characters; those of the default theme have few.
     font = [gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"]
@@ -299,6 +304,7 @@ def serve(page: "gradio.Blocks", config: Config) -> None:
         max_file_size=0,  # refuse uploads
         quiet=True,
         prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(config.host))]},
     )
     try:
         print(f"Chat with {page.title} at {page.local_url} ; press Ctrl-C to stop.", flush=True)
@@ -306,6 +312,15 @@ def serve(page: "gradio.Blocks", config: Config) -> None:
     except KeyboardInterrupt:
         print(flush=True)
         os._exit(0)  # a normal exit makes torch abort while another thread is generating
+
+
+def allowed_hosts(host: str) -> list[str]:
+    """Return the names by which browsers may address the page.
+
+    A page for this machine only refuses other names, which a foreign website could let point to this machine (DNS
+    rebinding).
+    """
+    return ["localhost", host] if host.startswith("127.") or host == "localhost" else ["*"]
 
 
 def has_desktop() -> bool:

@@ -34,7 +34,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if name not in ("dropout", "init_std", "gelu") and not (isinstance(value, int) and value >= 1):
+            if name not in ("dropout", "init_std", "gelu") and not (type(value) is int and value >= 1):
                 raise ValueError(f"{name} is {value!r}: expected an integer of at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}: expected a multiple of n_head, which is {self.n_head}")

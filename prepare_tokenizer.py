@@ -37,7 +37,7 @@ class Config(TextSourceConfig):
     pattern: Literal["gpt2", "gpt4"] = "gpt2"
     """How text is split into words: as for GPT-2, or as for GPT-4, which suits code and text without spaces."""
     max_chars: int = 100_000_000
-    """Train on the first documents with this number of characters in total."""
+    """Read documents until they have this number of characters in total."""
 
 
 def main(config: Config) -> None:
@@ -47,11 +47,13 @@ def main(config: Config) -> None:
     meta |= {"vocab_size": config.vocab_size, "pattern": config.pattern, "max_chars": config.max_chars}
     if is_complete(config.out, meta):
         print(f"{config.out} is already complete")
+        print_next_command(config)
         return
-    texts, held_out = read_texts(config, source)
-    tokenizer = train(texts, config)
-    write_folder(config.out, tokenizer, meta)
+    texts, held_out = read_and_hold_out(config, source)
+    tokenizer = train_bpe(texts, config)
+    write_tokenizer(config.out, tokenizer, meta)
     print_summary(config, tokenizer, held_out)
+    print_next_command(config)
 
 
 def check_config(config: Config) -> None:
@@ -70,8 +72,8 @@ def is_complete(out: Path, meta: dict) -> bool:
     return False
 
 
-def read_texts(config: Config, source: FileSource | HubSource) -> tuple[list[str], list[str]]:
-    """Return the documents to train on and the held-out ones, to measure the vocabulary on."""
+def read_and_hold_out(config: Config, source: FileSource | HubSource) -> tuple[list[str], list[str]]:
+    """Return the training documents and the held-out documents."""
     documents = (text for batch, _ in text_batches(source, None, config.text_field) for text in batch if text.strip())
     texts: list[str] = []
     held_out: list[str] = []
@@ -87,11 +89,14 @@ def read_texts(config: Config, source: FileSource | HubSource) -> tuple[list[str
             break
     progress.close()
     if not texts or not held_out:
-        raise UserError(f"the source has {plural(len(texts), 'document')}; at least two are needed: give more text")
+        raise UserError(
+            f"the source has {plural(len(texts), 'document')} in its first {config.max_chars:,} characters; at least"
+            " two are needed: give more text, or raise --max_chars"
+        )
     return texts, held_out
 
 
-def train(texts: Sequence[str], config: Config) -> Tokenizer:
+def train_bpe(texts: Sequence[str], config: Config) -> Tokenizer:
     """Train byte-level BPE (Sennrich et al., 2016) and return it as ranks: the 256 bytes, then the merges in order."""
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import models, trainers
@@ -120,7 +125,7 @@ def train(texts: Sequence[str], config: Config) -> Tokenizer:
     return Tokenizer(config.pattern, {token: rank for rank, token in enumerate(tokens)})
 
 
-def write_folder(out: Path, tokenizer: Tokenizer, meta: dict) -> None:
+def write_tokenizer(out: Path, tokenizer: Tokenizer, meta: dict) -> None:
     """Write the vocabulary as a folder that is whole or absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
@@ -135,16 +140,22 @@ def write_folder(out: Path, tokenizer: Tokenizer, meta: dict) -> None:
 
 
 def print_summary(config: Config, tokenizer: Tokenizer, held_out: Sequence[str]) -> None:
-    """Print the size of the vocabulary, its bytes per token beside gpt2's, and the next command."""
+    """Print the size of the vocabulary, and its bytes per token beside gpt2's."""
     print(f"{config.out}: {tokenizer.vocab_size:,} tokens, {tokenizer.name}")
     if tokenizer.vocab_size < config.vocab_size:
         print(f"note: the text has no more pairs to merge: fewer tokens than --vocab_size {config.vocab_size:,}")
     n_bytes = sum(len(encode_utf8(text)) for text in held_out)
-    print(f"bytes per token on {n_bytes:,} bytes of held-out text: {measure(tokenizer, held_out):.2f}", end="")
+    print(
+        f"bytes per token on {n_bytes:,} bytes of held-out text: {get_bytes_per_token(tokenizer, held_out):.2f}", end=""
+    )
     try:
-        print(f"; gpt2, with 50,257 tokens: {measure(load_tokenizer('gpt2'), held_out):.2f}")
+        print(f"; gpt2, with 50,257 tokens: {get_bytes_per_token(load_tokenizer('gpt2'), held_out):.2f}")
     except UserError:
         print("; the gpt2 vocabulary is not available to compare")
+
+
+def print_next_command(config: Config) -> None:
+    """Print the command that prepares the same text with the vocabulary."""
     names = ("files", "dataset", "name", "split", "text_field", "text_suffixes")
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(Config, name)}
     words = []
@@ -155,7 +166,7 @@ def print_summary(config: Config, tokenizer: Tokenizer, held_out: Sequence[str])
     print(f"next: python {cli.script_path('prepare_fineweb.py')} {shlex.join(words)}")
 
 
-def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+def get_bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """Return the bytes per token on these texts."""
     return sum(len(encode_utf8(text)) for text in texts) / sum(len(tokenizer.encode(text)) for text in texts)
 

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import resource
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,8 @@ def init_processes(device: str | None, dtype: str | None, deterministic: bool = 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by use_deterministic_algorithms
         torch.use_deterministic_algorithms(True)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        stop_with_launcher()
     if world_size > 1 and (device or "").startswith("cuda:"):
         raise UserError(f"--device {device} gives all processes the same GPU: use --device cuda")
     found = find_device(device)
@@ -104,6 +107,16 @@ def init_processes(device: str | None, dtype: str | None, deterministic: bool = 
         backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Processes(rank, world_size, found, find_dtype(dtype, found))
+
+
+def stop_with_launcher() -> None:
+    """Let Linux send SIGTERM to this process when torchrun ends, also by `kill -9`, so that no process is orphaned."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    launcher = os.getppid()
+    if prctl is not None and launcher != 1:
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != launcher:  # it ended before the call
+            raise UserError("torchrun has ended")
 
 
 def find_device(device: str | None) -> torch.device:

@@ -25,6 +25,10 @@ SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # fields with the same na
 ACTIVATIONS = {"tanh": "gelu_new", "none": "gelu"}  # names of both GELUs in GPTConfig and GPT2Config
 
 
+class MissingFileError(UserError):
+    """A Hugging Face folder or hub id does not have a file."""
+
+
 def load_hf(source: str | Path) -> GPT:
     """Load a Hugging Face GPT-2 folder (`config.json`, `model.safetensors`) or hub id ("openai-community/gpt2").
 
@@ -99,12 +103,15 @@ def find_hf_file(source: str | Path, name: str) -> Path:
     if Path(source).is_dir():
         file = Path(source) / name
         if not file.is_file():
-            raise UserError(f"{source} has no {name}, which a Hugging Face GPT-2 folder needs")
+            raise MissingFileError(f"{source} has no {name}, which a Hugging Face GPT-2 folder needs")
         return file
-    try:
-        from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    try:
         return Path(hf_hub_download(str(source), name))
     except Exception as error:  # the client raises many types: invalid name, unknown model, no network
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise MissingFileError(f"{source} has no {name}, which a Hugging Face GPT-2 needs") from None
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{source} is neither a folder nor a model on the hub: {reason}; {format_runs()}") from None

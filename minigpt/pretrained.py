@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minigpt.checkpoint import load_model
 from minigpt.cli import UserError
-from minigpt.hf import find_hf_file, load_hf
+from minigpt.hf import MissingFileError, find_hf_file, load_hf
 from minigpt.nanogpt import load_nanogpt
 from minigpt.runs import find_best, find_newest_run, format_runs, is_whole, list_checkpoints, read_meta
 from minigpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, read_tokenizer
@@ -94,7 +94,7 @@ def find_tokenizer(source: str, vocab_size: int) -> Tokenizer:
     """
     try:
         file = find_hf_file(source, TOKENIZER_FILE)
-    except UserError:
+    except MissingFileError:
         tokenizer = load_tokenizer("bytes")  # needs no download
         return tokenizer if vocab_size in (tokenizer.vocab_size, tokenizer.chat_vocab_size) else load_tokenizer("gpt2")
     return read_tokenizer(file, vocab_size)

@@ -16,7 +16,10 @@ from minigpt.cli import UserError, plural
 Record = tuple[str, dict]
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")  # all other files are text
-MAX_FIELD_CHARS = 100_000_000  # of a CSV file; a missing quote would read the rest of the file as one field
+MAX_RECORD_BYTES = 100_000_000  # of a line of JSON; a small archive can hold a line that fills the memory
+MAX_JSON_BYTES = 2_000_000_000  # of a .json file, which is read into memory whole
+MAX_FIELD_CHARS = 100_000_000  # limits a CSV field: a missing quote makes the rest of the file one field
+BATCH_ROWS = 256  # of a Parquet file, decoded at a time: a file of some bytes can hold rows of megabytes
 DOCUMENT_CHARS = (1024, 16_384)  # shortest and longest target length when text files are cut into documents
 
 
@@ -53,11 +56,14 @@ def data_suffix(file: Path) -> str:
 
 def read_jsonl(file: Path) -> Iterator[Record]:
     """Yield one record per line; blank lines are skipped."""
-    with open_stream(file) as lines:
+    with open_stream(file) as stream:
+        lines = iter(lambda: stream.readline(MAX_RECORD_BYTES + 1), b"")
         for number, line in enumerate(lines, start=1):
+            location = f"{file} line {number}"
+            if len(line) > MAX_RECORD_BYTES:
+                raise UserError(f"{location}: longer than {MAX_RECORD_BYTES:,} bytes: split this record")
             if not line.strip():
                 continue
-            location = f"{file} line {number}"
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # invalid JSON, invalid UTF-8, nested too deep
@@ -70,7 +76,9 @@ def read_jsonl(file: Path) -> Iterator[Record]:
 def read_json_list(file: Path) -> Iterator[Record]:
     """Yield the objects of one JSON list, the format in which Alpaca and ShareGPT are published."""
     with open_stream(file) as stream:
-        data = stream.read()
+        data = stream.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise UserError(f"{file}: more than {MAX_JSON_BYTES:,} bytes: a large file must be .jsonl, one record per line")
     try:
         records = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -112,7 +120,7 @@ def read_parquet(file: Path, column: str | None) -> Iterator[Record]:
     with report_corrupt(file, "Parquet file"), pyarrow.parquet.ParquetFile(file) as parquet:
         if column is not None:
             check_column(column, parquet.schema_arrow.names, str(file))
-        batches = parquet.iter_batches(batch_size=1024, columns=None if column is None else [column])
+        batches = parquet.iter_batches(batch_size=BATCH_ROWS, columns=None if column is None else [column])
         yield from number_rows(file, batches)
 
 
@@ -137,7 +145,9 @@ def number_rows(file: Path, batches: Iterable) -> Iterator[Record]:
 
 
 def read_text(file: Path, text_field: str, document_chars: int) -> Iterator[Record]:
-    """Yield a text file as documents, cut at the first blank line after every `document_chars` characters.
+    """Yield a text file as documents.
+
+    Each ends at the first blank line after `document_chars` characters, or after four times as many.
 
     A book becomes many documents: some of them serve for validation, and a file of any size fits in memory.
     """
@@ -145,7 +155,7 @@ def read_text(file: Path, text_field: str, document_chars: int) -> Iterator[Reco
     n_chars = 0
     number = 1
     with open_stream(file) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         try:
             while line := text.readline(document_chars):
                 number += line.endswith("\n")

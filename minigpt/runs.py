@@ -131,6 +131,8 @@ def read_meta(folder: Path) -> dict:
     if not file.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no meta.json")
     meta = read_json(file)
+    if "kind" in meta:
+        raise UserError(f"{folder} is a folder of kind {str(meta['kind'])[:20]!r}, not a checkpoint")
     if meta.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{folder} has checkpoint format version {meta.get('version')}, expected {FORMAT_VERSION}: use the code"

@@ -25,7 +25,7 @@ SOURCE |= {"mix": ([SOURCE | {"weight": float}], None), "val": (SOURCE, None)}
 
 
 class NetworkError(UserError):
-    """A dataset on the hub cannot be read. If the network failed, running the same command again resumes."""
+    """A dataset on the hub cannot be read; running the same command again may succeed."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,7 @@ class HubSource:
                 return
             except Exception as error:
                 raise NetworkError(
-                    f"dataset {self.label} failed after row {row:,}: {first_line(error)}; run the same command again to"
-                    " resume"
+                    f"dataset {self.label} failed after row {row:,}: {first_line(error)}; run the same command again"
                 ) from None
             if self.column is not None:
                 check_column(self.column, table.column_names, self.label)

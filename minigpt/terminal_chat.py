@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +21,9 @@ HELP = """\
 /reset          start a new conversation; the system message stays
 /system TEXT    set the system message; without TEXT remove it
 /temperature X  set the sampling temperature; without X print it
-/save FILE      append the conversation to a .jsonl file, as prepare_dolly.py --files reads it
+/save FILE      append the conversation to a .jsonl file, for prepare_dolly.py --files
 /exit           end the chat, like exit, quit and Ctrl-D
-A line that ends in \\ continues on the next line. A pasted text is one message.
+A line that ends in \\ continues on the next line. Pasted text is sent as one message.
 Arrow up recalls earlier messages. Ctrl-C stops an answer."""
 
 
@@ -128,11 +128,14 @@ class Conversation:
         """Raise `UserError` if a system message leaves no room for a conversation."""
         loaded = self.printer.loaded
         messages = [*system_messages, {"role": "user", "content": "?"}]
-        encode_prompt(loaded.tokenizer, messages, loaded.model.config.block_size, max_tokens=1)
+        encode_prompt(loaded.tokenizer, messages, loaded.model.config.block_size, self.printer.params.max_tokens)
 
-    def add_message(self, text: str) -> None:
-        """Add the user's message, print the answer and add it too. On a terminal, Ctrl-C ends the answer."""
-        turns = [*self.turns, {"role": "user", "content": text}]
+    def add_message(self, text: str, turns: Sequence[dict] | None = None) -> None:
+        """Add the user's message to `turns`, by default those so far; print the answer and add it too.
+
+        On a terminal, Ctrl-C ends the answer.
+        """
+        turns = [*(self.turns if turns is None else turns), {"role": "user", "content": text}]
         with discard_typing():
             answer = self.printer.answer([*self.system_messages, *turns], catch_interrupt=sys.stdin.isatty())
         self.turns = [*turns, {"role": "assistant", "content": answer}]
@@ -141,9 +144,7 @@ class Conversation:
         """Replace the last answer by a new one."""
         if not self.turns:
             raise UserError("there is no question to answer again")
-        question = self.turns[-2]["content"]
-        self.turns = self.turns[:-2]
-        self.add_message(question)
+        self.add_message(self.turns[-2]["content"], self.turns[:-2])
 
     def run_command(self, line: str) -> None:
         """Run a command. Raises `UserError`, with nothing changed, if it fails."""

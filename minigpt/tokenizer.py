@@ -12,6 +12,7 @@ import codecs
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -33,6 +34,11 @@ MAX_VOCAB_SIZE = 65_000  # tokens are stored as uint16, and the chat tokens foll
 ROLES = ("system", "user", "assistant")
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+MAX_SPACE = 100_000  # characters of white space in a row that tiktoken is given
+LONG_SPACE = re.compile(  # the characters of \s in Rust
+    rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{MAX_SPACE},}}"
+)
+MAX_CACHE_BYTES = 500_000_000
 CHECK_EVERY = 512  # of each batch, every 512th text is encoded by tiktoken too and compared
 
 
@@ -58,13 +64,23 @@ class Tokenizer:
         special_tokens = {token: self.end_of_text + i for i, token in enumerate((END_OF_TEXT, *CHAT_TOKENS))}
         self.role_tokens = {role: special_tokens[f"<|{role}|>"] for role in ROLES}
         self.end_of_turn = special_tokens["<|end|>"]
+        self.cache_bytes = 0  # memory that gigatoken has allocated
         self.encoding = tiktoken.Encoding(
             self.name, pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=special_tokens
         )
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text. Names of special tokens in it are ordinary text."""
-        return self.encoding.encode_ordinary(text)
+        tokens: list[int] = []
+        begin = 0
+        for run in LONG_SPACE.finditer(text) if self.pattern == "gpt2" and len(text) > MAX_SPACE else ():
+            # tiktoken's regular expression overflows its stack on it. GPT-2's pattern makes one piece of white space
+            # without its last character, which belongs to the next piece.
+            end = run.end() if run.end() == len(text) else run.end() - 1
+            tokens += self.encoding.encode_ordinary(text[begin : run.start()])
+            tokens += self.encoding._encode_single_piece(text[run.start() : end])
+            begin = end
+        return tokens + self.encoding.encode_ordinary(text[begin:])
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of tokens. Invalid UTF-8 becomes U+FFFD, special tokens their names."""
@@ -78,13 +94,21 @@ class Tokenizer:
         """Return each text's tokens, with end of text before them, as uint16 arrays."""
         if self.gigatoken is not None and texts:
             return self._encode_with_gigatoken(texts)
-        batch = self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        if any(len(text) > MAX_SPACE for text in texts):
+            batch = map(self.encode, texts)
+        else:
+            batch = self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
         return [np.array([self.end_of_text, *tokens], dtype=np.uint16) for tokens in batch]
 
     def _encode_with_gigatoken(self, texts: Sequence[str]) -> list[np.ndarray]:
         import awkward
 
+        before = resident_bytes()
         batch = self.gigatoken.encode_batch([encode_utf8(text) for text in texts])
+        self.cache_bytes += resident_bytes() - before
+        if self.cache_bytes > MAX_CACHE_BYTES:  # gigatoken 0.10 keeps every different word
+            del self.gigatoken
+            self.cache_bytes = 0
         tokens, lengths = awkward.to_numpy(awkward.flatten(batch)), awkward.to_numpy(awkward.num(batch))
         ends = np.cumsum(lengths)
         tokens = np.insert(tokens.astype(np.uint16), ends - lengths, self.end_of_text)
@@ -204,6 +228,14 @@ def hash_vocabulary(pattern: str, ranks: dict[bytes, int]) -> str:
     for token in ranks:  # in the order of their ranks
         digest.update(len(token).to_bytes(4, "big") + token)
     return digest.hexdigest()[:12]
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory; 0 on systems without /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def encode_utf8(text: str) -> bytes:

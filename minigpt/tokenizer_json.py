@@ -40,8 +40,11 @@ def read_vocabulary(file: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
         ranks = {bytes(byte_of[c] for c in token): rank for token, rank in sorted(vocab.items(), key=lambda kv: kv[1])}
         merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in content["model"]["merges"]]
         pattern = parse_pattern(content["pre_tokenizer"])
+        is_plain = content.get("normalizer") is None and content["model"].get("type", "BPE") == "BPE"
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{file} is corrupt or not a byte-level BPE vocabulary") from None
+    if not is_plain:
+        raise UserError(f"{file} normalises text, or is not BPE, which is not supported")
     if pattern is None:
         raise UserError(f"{file} splits text by another pattern; supported are those of {', '.join(PATTERNS)}")
     has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))

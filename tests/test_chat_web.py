@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import http.client
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from unittest import mock
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -381,3 +383,26 @@ def test_errors(fails, pretrained, chatterbox, tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError")
     without_gradio = {"env": {"PYTHONPATH": str(tmp_path)}, "fresh": True}
     assert "pip install -r requirements-extra.txt" in fails("chat_web.py", *port, **without_gradio)
+
+
+def test_a_foreign_host_name_is_refused(finetuned):
+    """A website whose name points to this machine (DNS rebinding) does not reach the page."""
+    with chat_page(finetuned) as (url, _):
+        port = urlsplit(url).port
+        for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), (f"evil.example:{port}", 400)):
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.request("GET", "/config", headers={"Host": host})
+            response = connection.getresponse()
+            assert response.status == status
+            assert status != 200 or str(finetuned.parent) not in response.read().decode()
+
+
+def test_an_answer_is_bounded(finetuned, monkeypatch):
+    """By the context, whatever the request asks for, and by the time."""
+    loaded = load(finetuned)
+    asked = []
+    monkeypatch.setattr(chat_web, "stream_text", lambda *args: asked.append(args[3].max_tokens) or iter([["a"]] * 9))
+    values = (chat_web.torch.device("cpu"), "Hi", [], "", 0.8, 50, 1.0, 10**12, -1)
+    assert list(chat_web.stream_answer(loaded, *values))[-1] == "a" * 9 and asked == [64]
+    monkeypatch.setattr(chat_web, "MAX_ANSWER_SECONDS", -1)
+    assert list(chat_web.stream_answer(loaded, *values))[-1] == "a"

@@ -167,6 +167,22 @@ def test_a_signal_to_one_process_stops_all(text_data, tmp_path):
     assert "stopped by" in output and runs.find_newest(tmp_path / "run") is not None
 
 
+def test_processes_end_when_torchrun_is_killed(text_data, tmp_path):
+    """They do not go on as orphans: they save and stop."""
+    process = spawn(
+        "pretrain.py", "--data", text_data, "--out", "./run", *LONG, "--steps", 5000, cwd=tmp_path, processes=2
+    )
+    wait_for_step(tmp_path / "run", 5, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for _ in range(300):
+        if not any(Path(f"/proc/{child}").exists() for child in children):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert runs.find_newest(tmp_path / "run") is not None
+
+
 def test_a_second_interrupt_exits_at_once(text_data, tmp_path):
     """In the middle of a step of many micro-batches, without a checkpoint."""
     slow = ("--batch_tokens", 2**20, "--micro_batch_size", 1)

@@ -138,7 +138,7 @@ def test_fewer_tokens_than_asked_for_are_reported(tmp_path, capsys):
         (("--vocab_size", 65_001), "--vocab_size is 65001: it must be at least 258 and at most 65000"),
         (("--vocab_size", 257), "--vocab_size is 257: it must be at least 258"),
         (("--files", "none.txt"), "none.txt: no such file"),
-        (("--files", "one.txt"), "the source has 1 document; at least two are needed"),
+        (("--files", "one.txt"), "has 1 document in its first 100,000,000 characters; at least two are needed"),
     ],
 )
 def test_mistakes_end_in_one_line(fails, tmp_path, flags, message):

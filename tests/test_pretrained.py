@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import edit_manifest, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import error_message, failing, save_checkpoint, tiny_model, truncate
@@ -75,8 +75,7 @@ def test_chat_model_is_detected_by_its_vocabulary(run):
 )
 def test_tokenizer_of_another_size_is_rejected(run, name, message):
     save_checkpoint(run / "step_000001", tiny_model(vocab_size=99))
-    file = run / "step_000001" / "meta.json"
-    file.write_text(file.read_text().replace('"tokenizer": "bytes"', f'"tokenizer": "{name}"'))
+    edit_manifest(run / "step_000001" / "meta.json", tokenizer=name)
     assert message in error_message(load_pretrained, str(run))
 
 

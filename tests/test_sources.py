@@ -537,7 +537,7 @@ def test_a_failed_stream_names_the_last_row():
     with pytest.raises(UserError) as error:
         records.extend(found)
     assert records[-1] == ("some/one/small row 1000", {"text": "999"})  # rows are read in tables of 1,000
-    message = "dataset some/one/small failed after row 1,000: reset by peer; run the same command again to resume"
+    message = "dataset some/one/small failed after row 1,000: reset by peer; run the same command again"
     assert str(error.value) == message
 
 
@@ -548,3 +548,13 @@ def test_an_error_without_a_message_is_named_by_its_type():
 
     with pytest.raises(UserError, match="failed after row 0: TimeoutError; run the same command again"):
         next(hub_source(stream).records())
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.jsonl.gz", "line 2: longer than"), ("a.json.gz", "more than")])
+def test_a_small_archive_of_a_huge_record_is_refused(tmp_path, monkeypatch, name, message):
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_JSON_BYTES", 1000)
+    (tmp_path / name).write_bytes(gzip.compress(b'{"text": "short"}\n' + b"0" * 10_000_000))
+    with pytest.raises(UserError, match=message) as error:
+        list(read_files([tmp_path / name]))
+    assert str(tmp_path / name) in str(error.value)

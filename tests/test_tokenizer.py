@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import error_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import minigpt.tokenizer
 from minigpt.cli import UserError
 from minigpt.tokenizer import CHAT_TOKENS, StreamDecoder, Tokenizer, encode_utf8, load_tokenizer
 
@@ -199,3 +201,37 @@ def test_a_stream_equals_decode_for_any_tokens(tokenizer, data):
     tokens = data.draw(st.lists(st.integers(0, tokenizer.chat_vocab_size - 1), max_size=12))
     stream = StreamDecoder(tokenizer)
     assert "".join(map(stream.decode, tokens)) + stream.flush() == tokenizer.decode(tokens)
+
+
+AROUND = (st.sampled_from(["", "a", "a.", "'", "1"]), st.sampled_from(["", "b", ".", "'s", "é"]))
+
+
+@given(before=AROUND[0], after=AROUND[1], data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_long_white_space_is_encoded_as_in_one_piece(gpt2_tokenizer, before, after, data):
+    """Below the limit of tiktoken's regular expression, the parts give the tokens of the whole."""
+    space = data.draw(st.text("  \n\t\r\u3000\xa0", min_size=20, max_size=60))
+    text = before + space + after + " " * 30 + "end"
+    pattern = re.compile(minigpt.tokenizer.LONG_SPACE.pattern.replace("100000", "20"))
+    with mock.patch.multiple(minigpt.tokenizer, LONG_SPACE=pattern, MAX_SPACE=20):
+        assert gpt2_tokenizer.encode(text) == gpt2_tokenizer.encoding.encode_ordinary(text)
+
+
+def test_millions_of_spaces(gpt2_tokenizer):
+    """tiktoken's regular expression overflows its stack above about a million."""
+    text = "a" + " " * 2_000_000 + "b" + "\n" * 2_000_000
+    [document] = gpt2_tokenizer.encode_documents([text])
+    assert document[1:].tolist() == gpt2_tokenizer.encode(text) and gpt2_tokenizer.decode(document[1:]) == text
+
+
+def test_memory_does_not_grow_with_the_number_of_different_words(gpt2_tokenizer, monkeypatch):
+    """gigatoken keeps each: it is built again, and the tokens stay the same."""
+    rng = random.Random(0)
+    monkeypatch.setattr(minigpt.tokenizer, "MAX_CACHE_BYTES", 20_000_000)
+    built = set()
+    for _ in range(6):
+        texts = [" ".join(f"{rng.getrandbits(60):x}" for _ in range(60_000)) for _ in range(6)]  # 6 MB
+        documents = gpt2_tokenizer.encode_documents(texts)
+        built.add(id(gpt2_tokenizer.__dict__.get("gigatoken")))
+    assert len(built) > 1 and gpt2_tokenizer.cache_bytes < 40_000_000
+    assert documents[0][1:].tolist() == gpt2_tokenizer.encode(texts[0])
