@@ -184,7 +184,7 @@ def chatterbox(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chatterbox") / "step_000001"
     tokenizer = load_tokenizer("bytes")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=512, vocab_size=tokenizer.chat_vocab_size, n_layer=8, n_head=4, n_embd=256))
+    model = GPT(GPTConfig(block_size=2048, vocab_size=tokenizer.chat_vocab_size, n_layer=8, n_head=4, n_embd=256))
     silent = [token for token in range(tokenizer.chat_vocab_size) if token not in {32, *range(97, 113)}]  # a to p
     with torch.no_grad():
         model.ln_f.bias.fill_(1.0)

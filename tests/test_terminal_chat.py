@@ -272,21 +272,19 @@ def test_the_terminal_is_restored_after_an_exception(monkeypatch):
 
 def test_system_message_too_long(terminal, fails, chatterbox):
     """The flag ends in an error; the command prints it and keeps the old system message."""
-    error = "system message alone fills the context of 512 tokens"
-    assert error in fails("generate.py", "--checkpoint", chatterbox, "--chat", "--system", "long " * 120)
+    error = "system message alone fills the context of 2048 tokens"
+    assert error in fails("generate.py", "--checkpoint", chatterbox, "--chat", "--system", "long " * 480)
     chat = terminal(chatterbox, *GREEDY, "--system", "Be kind.")
-    assert error in chat.ask("/system " + "long " * 120)
+    assert error in chat.ask("/system " + "long " * 480)
     assert "it was: Be kind." in chat.ask("/system")
 
 
 def test_a_long_conversation_warns_once(run_script, chatterbox):
     """After /reset, it can warn once more. The warning says how long the conversation is and may be."""
-    question = "x" * 200 + "\n"
+    question = "x" * 800 + "\n"
     flags = ("--checkpoint", chatterbox, "--chat", "--max_tokens", 50)
     done = run_script("generate.py", *flags, input=question * 4 + "/reset\n" + question * 3)
-    warning = (
-        "the conversation has 712 tokens, 462 are available (context 512, less 50 for the answer): its oldest part"
-    )
+    warning = "has 2512 tokens, 1998 are available (context 2048, less 50 for the answer): its oldest part"
     assert done.stderr.count(warning) == 2 == done.stderr.count("warning")
 
 
