@@ -1,6 +1,6 @@
 # make demo      train a small chat model on a laptop CPU, in minutes
 # make test      run lint and tests
-# make soak      kill a training run two hundred times and compare the result
+# make soak      kill a training run two hundred times and compare the result; damage files thousands of times
 # make pictures  draw the pictures in docs/; needs `make demo`, chromium and its driver
 
 PYTHON ?= python3
@@ -48,6 +48,7 @@ test: lint
 
 soak: $(VENV)/installed-dev
 	$(PY) tests/soak.py --kills 200
+	FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/test_fuzz.py
 
 pictures: $(VENV)/installed-dev
 	$(PY) plot.py runs/demo runs/demo_chat --out docs/loss.png
