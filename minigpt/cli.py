@@ -130,7 +130,7 @@ def check_range(name: str, value: float | None, low: float, high: float = math.i
     if value is None:
         return
     if isinstance(value, int) and value >= 2**63:
-        raise UserError(f"--{name} is {str(value)[:20]}...: it does not fit in 64 bits")
+        raise UserError(f"--{name} is {str(value)[:40]}: it does not fit in 64 bits")
     if not (low < value if open_low else low <= value) or not value <= high:
         rule = f"above {low:g}" if open_low else f"at least {low:g}"
         rule += f" and at most {high:g}" if high < math.inf else ""

@@ -33,7 +33,7 @@ from minigpt.shards import (
 )
 
 META = {"version": FORMAT_VERSIONS["text"], "kind": "text", "tokenizer": "bytes", "vocab_size": 257}
-META |= {"source": {"files": [{"bytes": 3}]}, "val_fraction": 0.1}
+META |= {"source": {"files": [{"file": "a.txt", "bytes": 3}]}, "val_fraction": 0.1}
 CHAT_META = META | {"version": FORMAT_VERSIONS["chat"], "kind": "chat", "block_size": 8}
 CHAT_META |= dict.fromkeys(("records", "truncated", "dropped", "skipped_empty"), 0)
 
