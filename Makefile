@@ -33,7 +33,7 @@ demo: $(VENV)/installed
 	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 600 --batch_tokens 2048 --lr 3e-3 \
 		--val_every 150 --save_every 300
 	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 5 --batch_tokens 2048 \
-		--lr 3e-3 --dropout 0 --val_every 150 --save_every 300 --best_by step
+		--lr 3e-3 --dropout 0 --val_every 300 --save_every 600 --best_by step
 	@echo; echo "--- The pretrained model continues a text:"
 	@$(PY) generate.py --checkpoint runs/demo --prompt "The function returns" --max_tokens 60 --temperature 0.6 --seed 1
 	@echo; echo "--- The finetuned model answers three questions, with the most likely words:"
