@@ -71,7 +71,10 @@ def load_model(folder: Path, meta: dict) -> GPT:
 
 
 class SkipInit(TorchFunctionMode):
-    """Skip the functions of `torch.nn.init`, for a model whose weights are loaded."""
+    """Skip the functions of `torch.nn.init`, for a model whose weights are loaded.
+
+    On the meta device they do nothing, but import torch's compiler, which takes two seconds.
+    """
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if getattr(function, "__module__", "") == "torch.nn.init":

@@ -37,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer() -> Tokenizer:
-    """The gpt2 vocabulary; a test that asks for it skips where it can be neither downloaded nor found on disk."""
+    """Return the gpt2 vocabulary; skip the test if it can be neither downloaded nor found on disk."""
     try:
         return load_tokenizer("gpt2")
     except UserError as error:
@@ -57,8 +57,8 @@ def start(
 ) -> subprocess.CompletedProcess:
     """Run a script as a process of its own, or as several under torchrun, and check its exit code.
 
-    `env` adds variables, `input` is typed into it. `fresh` starts a new interpreter instead of forking one. A GPU is
-    hidden from it unless it is to use one.
+    `env` adds variables and `input` is its stdin. `fresh` starts a new interpreter instead of forking one. GPUs are
+    hidden unless `gpu`.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [*launcher, str(ROOT / script), *map(str, args)]

@@ -1,4 +1,4 @@
-"""Scripts as processes that are forked from one that has imported torch: the import takes longer than most runs do."""
+"""Run scripts in processes forked from one that has imported torch, because the import takes longer than most runs."""
 
 import atexit
 import io
@@ -17,11 +17,13 @@ CONTEXT.set_forkserver_preload(["numpy", "torch", "torch._dynamo", "torch.nn.par
 
 
 class ForkedProcess:
-    """`python *command` as a session of its own, with the methods and attributes of `subprocess.Popen`.
+    """`python *command` as a session of its own, with the methods of `subprocess.Popen` that the tests use.
+
+    `stdout` and `stderr` are the paths of files.
 
     Args:
         command: a script's path, or "-m" and a module; then its arguments.
-        input: is typed into it.
+        input: text for stdin.
         terminal: the path of a terminal that becomes its stdin, stdout and stderr, and controls it.
     """
 
@@ -80,11 +82,12 @@ def run(command: list[str], cwd: str, env: dict, streams: list[str]) -> None:
         os.dup2(opened, descriptor)
         os.close(opened)
     encoding = env.get("PYTHONIOENCODING", "utf-8")
+    # multiprocessing gives children /dev/null as stdin; the other streams remember that the server's were files.
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding)
     stdout, stderr = (io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False)) for descriptor in (1, 2))
     sys.stdout = io.TextIOWrapper(stdout, encoding, line_buffering=os.isatty(1))
     sys.stderr = io.TextIOWrapper(stderr, encoding, errors="backslashreplace", line_buffering=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     try:
         if command[0] == "-m":
             sys.argv = command[1:]
@@ -94,4 +97,4 @@ def run(command: list[str], cwd: str, env: dict, streams: list[str]) -> None:
             sys.path.insert(0, str(Path(command[0]).parent))
             runpy.run_path(command[0], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()
+        atexit._run_exitfuncs()  # multiprocessing skips them
