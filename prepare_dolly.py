@@ -37,10 +37,10 @@ import numpy as np
 
 from minigpt import cli, shards
 from minigpt.chat import encode_chat, to_messages
-from minigpt.cli import Progress, UserError
-from minigpt.runs import RUNS, is_chat_run, list_checkpoints, list_runs, read_meta
+from minigpt.cli import Progress, UserError, plural
+from minigpt.runs import RUNS, list_checkpoints, list_runs, read_meta
 from minigpt.shards import FORMAT_VERSIONS, SPLITS, SplitChooser
-from minigpt.sources import DatasetConfig, FileSource, HubSource, data_suffix, find_files, plural
+from minigpt.sources import DatasetConfig, FileSource, HubSource, data_suffix, find_files
 from minigpt.tokenizer import Tokenizer, load_tokenizer
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -166,7 +166,7 @@ def find_pretrained_run(tokenizer: str, block_size: int) -> tuple[Path, dict] | 
         with contextlib.suppress(UserError):  # corrupt
             meta = read_meta(list_checkpoints(run)[-1])
             fits = meta["tokenizer"] == tokenizer and meta["model"]["block_size"] >= block_size
-            if fits and not is_chat_run(run):
+            if fits and "init" not in meta["identity"]:  # finetune.py's flags have --init
                 return run, meta["model"]
     return None
 

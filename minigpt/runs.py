@@ -23,7 +23,7 @@ TRAINING = {"source": (SOURCE, str), "step": (int, None), "metrics": (METRICS, N
 CHECKPOINT = {  # of a checkpoint's meta.json; see `has_shape`
     "step": int,
     "metrics": METRICS,
-    "model": dict,
+    "model": {"block_size": int, "n_embd": int},
     "tokenizer": str,
     "files": {str: str},
     "identity": dict,

@@ -17,7 +17,7 @@ CONTEXT.set_forkserver_preload(["numpy", "torch", "torch._dynamo", "torch.nn.par
 
 
 class ForkedProcess:
-    """`python *command` as a session of its own, with the methods of `subprocess.Popen` that the tests use.
+    """Run `python *command` in a new session. Has the methods of `subprocess.Popen` that the tests use.
 
     `stdout` and `stderr` are the paths of files.
 

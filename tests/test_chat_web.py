@@ -398,7 +398,7 @@ def test_a_foreign_host_name_is_refused(finetuned):
 
 
 def test_an_answer_is_bounded(finetuned, monkeypatch):
-    """By the context, whatever the request asks for, and by the time."""
+    """The context limits its tokens, and MAX_ANSWER_SECONDS its time."""
     loaded = load(finetuned)
     asked = []
     monkeypatch.setattr(chat_web, "stream_text", lambda *args: asked.append(args[3].max_tokens) or iter([["a"]] * 9))

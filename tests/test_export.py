@@ -33,7 +33,7 @@ HELLO = [{"role": "user", "content": "After 5?"}]
 
 @pytest.fixture(scope="module")
 def memorized(tmp_path_factory, finetuned) -> Path:
-    """Return a run with a vocabulary of its own, whose model has memorized one answer and its end."""
+    """Return a run with a trained vocabulary. Its model has memorized one answer and its end."""
     folder = tmp_path_factory.mktemp("memorized")
     (folder / "text.txt").write_text("After five comes six, of course.\n\n" * 200)
     source = {"files": (str(folder / "text.txt"),), "out": folder / "tokenizer", "vocab_size": 270}
