@@ -12,6 +12,7 @@ import functools
 import html
 import os
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -131,21 +132,20 @@ def build_page(loaded: PretrainedModel, device: torch.device) -> "gradio.Blocks"
 
 
 def keep_conversation(page: "gradio.Blocks", chat: "gradio.ChatInterface") -> None:
-    """Keep the conversation in the browser for a reload, and add an empty answer to a question without one.
+    """Keep the conversation in the browser's tab for a reload, and add an empty answer to a question without one.
 
     Without an answer, Gradio shows no Retry button and joins the question to the next one.
     """
-    import gradio as gr
-
-    saved = gr.BrowserState([], storage_key="conversation")  # encrypted with a key of this process
+    key = f"conversation-{secrets.token_hex(8)}"  # another process may serve another model
     empty_answer = "{role: 'assistant', content: [{type: 'text', text: ''}]}"
     complete = f"[messages.at(-1)?.role == 'user' ? [...messages, {empty_answer}] : messages]"
     chat.textbox.stop(None, chat.chatbot, chat.chatbot, js=f"messages => {complete}")
     # While the page is built, it changes the conversation too.
-    save = "(messages, saved) => [window.restored ? messages : saved]"
-    chat.chatbot.change(None, [chat.chatbot, saved], saved, js=save)
-    restore = f"messages => {{ window.restored = true; return {complete}; }}"
-    page.load(None, saved, chat.chatbot, js=restore).then(lambda messages: messages, chat.chatbot, chat.chatbot_state)
+    save = f"messages => {{ if (window.restored) sessionStorage.setItem('{key}', JSON.stringify(messages)); }}"
+    chat.chatbot.change(None, chat.chatbot, None, js=save)
+    read = f"window.restored = true; const messages = JSON.parse(sessionStorage.getItem('{key}') ?? '[]')"
+    restored = page.load(None, None, chat.chatbot, js=f"() => {{ {read}; return {complete}; }}")
+    restored.then(lambda messages: messages, chat.chatbot, chat.chatbot_state)
 
 
 def run_name(loaded: PretrainedModel) -> str:

@@ -56,9 +56,12 @@ class Browser:
 
     def until(self, condition, seconds: float = 60):
         """Wait until `condition()` is true, polling ten times a second, and return its result."""
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.1).until(lambda _: condition())
+        deadline = time.monotonic() + seconds
+        while not (result := condition()):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"still false after {seconds} s; the page: {self.find('body')[0].text!r}")
+            time.sleep(0.1)
+        return result
 
     def open(self, url: str) -> None:
         """Open a page and wait until nothing in it has changed for 1.5 seconds.

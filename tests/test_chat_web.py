@@ -158,6 +158,8 @@ def test_a_reload_keeps_the_conversation(page, served, chatterbox):
     page.fill("Max tokens", 3000)
     page.ask("more")
     page.until(lambda: len(page.messages("bot")[-1]) > 50)  # longer than the first answer
+    saved = "return JSON.parse(Object.values(sessionStorage)[0]).map(message => message.content[0].text)"
+    page.until(lambda: len(page.driver.execute_script(saved)[-1]) > 50)
     page.open(served[0])
     page.until(lambda: page.messages("user") == ["talk", "more"] and page.messages("bot")[0] == first)
     typed = generate(chatterbox, "--chat", "--temperature", 0, "--max_tokens", 30, input="talk\nmore\n").splitlines()
