@@ -40,6 +40,7 @@ from minigpt import cli
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, parallelize, tune_malloc
+from minigpt.files import name_in_errors
 from minigpt.hf import config_to_hf
 from minigpt.inference import generate_tokens, optimize_for_inference
 from minigpt.metrics import min_seconds, peak_flops
@@ -103,7 +104,8 @@ def main(config: Config) -> None:
         print(row, flush=True)
         rows.append(row)
     if config.json is not None:
-        config.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        with name_in_errors(config.json):
+            config.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
 def run_stages(config: Config, procs: Processes) -> Iterator[Row]:

@@ -22,6 +22,7 @@ from minigpt import cli
 from minigpt.cli import InferenceConfig, Progress, UserError
 from minigpt.dataset import ChatDataset, Dataset, TokenDataset, val_batches
 from minigpt.distributed import Processes, init_processes
+from minigpt.files import append_line
 from minigpt.hellaswag import evaluate_hellaswag, load_examples
 from minigpt.inference import load_for_inference
 from minigpt.pretrained import PretrainedModel
@@ -78,8 +79,7 @@ def main(config: Config) -> None:
         if procs.is_main:
             print(format_hellaswag(result, len(examples)))
     if config.json is not None and procs.is_main:
-        with open(config.json, "a") as file:
-            file.write(json.dumps(figures) + "\n")
+        append_line(config.json, json.dumps(figures))
         print(f"figures appended to {config.json}")
     procs.close()
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from minigpt import cli
 from minigpt.cli import CheckpointConfig, UserError
-from minigpt.files import atomic_rename, fsync, write_json
+from minigpt.files import atomic_rename, fsync, write_file, write_json
 from minigpt.hf import save_hf
 from minigpt.pretrained import PretrainedModel, load_pretrained
 from minigpt.sampling import SamplingParams
@@ -73,11 +73,11 @@ def write_files(folder: Path, loaded: PretrainedModel) -> None:
     generation = ids | {"eos_token_id": stop_tokens, "max_new_tokens": max_tokens}
     generation |= {"do_sample": True, "temperature": defaults.temperature, "top_k": defaults.top_k}
     write_json(folder / "generation_config.json", generation)
-    (folder / TOKENIZER_FILE).write_text(tokenizer.to_json(chat=loaded.is_chat), encoding="utf-8")
+    write_file(folder / TOKENIZER_FILE, tokenizer.to_json(chat=loaded.is_chat))
     write_json(folder / "tokenizer_config.json", tokenizer_config(loaded))
     if loaded.is_chat:
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    (folder / "README.md").write_text(model_card(loaded))
+        write_file(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    write_file(folder / "README.md", model_card(loaded))
     folder.chmod(0o755)  # tempfile and safetensors allow only the owner; a server may run as another user
     for file in folder.iterdir():
         file.chmod(0o644)

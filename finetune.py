@@ -56,14 +56,14 @@ def main(config: Config) -> None:
     check_config(config)
     procs = init_processes(config.device, config.dtype, config.deterministic)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN with masks (pytorch issue 196678)
-    resumed = find_newest(Path(config.out))  # has all weights: --init is not needed
+    resumed = procs.call_on_main(find_newest, Path(config.out))  # has all weights: --init is not needed
     initial = load_pretrained(str(resumed or config.init))
     block_size = initial.model.config.block_size
     batch_size = training.get_batch_size(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = ChatDataset(config.data, block_size)
     check_tokenizer(config, initial, data)
     steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / batch_size)
-    run = Run(config, data, procs, initial.history)
+    run = Run(config, data, procs, initial.history, resumed)
 
     model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)

@@ -9,6 +9,7 @@ more than a factor of 2, or if learning rate or speed differ by more than a fact
 computed from the logged tokens/s; they exclude validation, checkpoints and pauses.
 """
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from minigpt import cli
 from minigpt.cli import UserError
+from minigpt.files import write_file
 from minigpt.runs import read_log
 
 # The colour-blind-safe palette of Okabe and Ito; dashes and markers differ as well.
@@ -62,7 +64,9 @@ def main(config: Config) -> None:
     if not folders:
         raise UserError("no run folder given, and none under runs/: name at least one, as in plot.py runs/gpt2")
     runs = {str(folder).removeprefix("runs/"): get_curves(read_rows(folder), config.x) for folder in folders}
-    draw_figure(runs, config).savefig(config.out)
+    picture = io.BytesIO()
+    draw_figure(runs, config).savefig(picture, format=config.out.suffix[1:])
+    write_file(config.out, [picture.getvalue()])
     print(f"wrote {config.out} with the curves of {', '.join(runs)}")
 
 

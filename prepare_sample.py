@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from minigpt import cli, shards
 from minigpt.cli import UserError
+from minigpt.files import write_file
 
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo"}
 
@@ -250,7 +251,7 @@ def make_conversations(pairs: list[tuple[str, str]], repeats: int) -> list[dict]
 
 def write_jsonl(file: Path, records: list[dict]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_file(file, "".join(json.dumps(record) + "\n" for record in records))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Literal
 
 from minigpt import cli
 from minigpt.cli import Progress, UserError
-from minigpt.files import atomic_rename, read_json, write_json
+from minigpt.files import atomic_rename, read_json, write_file, write_json
 from minigpt.sources import FINEWEB_EDU, FileSource, HubSource, TextSourceConfig, open_text_source, plural, text_batches
 from minigpt.tokenizer import MAX_VOCAB_SIZE, Tokenizer, encode_utf8, load_tokenizer
 from minigpt.tokenizer_json import build_pre_tokenizer, byte_characters
@@ -131,7 +131,7 @@ def write_tokenizer(out: Path, tokenizer: Tokenizer, meta: dict) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
     try:
         tokenizer.save(temporary)
-        (temporary / "vocab.tiktoken").write_bytes(tokenizer.to_tiktoken())
+        write_file(temporary / "vocab.tiktoken", [tokenizer.to_tiktoken()])
         write_json(temporary / "meta.json", meta)
         temporary.chmod(0o755)  # mkdtemp allows only the owner
         atomic_rename(temporary, out)

@@ -7,6 +7,7 @@ The tokens of a conversation are
 where each name in brackets is one special token. The loss covers the assistant's text and the <|end|> after it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,30 +112,26 @@ def encode_chat(
     roles = [message["role"] for message in messages]
     first = int(roles[:1] == ["system"])
     generation_prompt = [tokenizer.role_tokens["assistant"]] if add_generation_prompt else []
-
-    def excess() -> int:
-        return 1 + sum(map(len, turns)) + len(generation_prompt) - (max_length or float("inf"))
-
-    while excess() > 0 and (after := next_user_turn(roles, first)):
-        del turns[first:after], roles[first:after]
-    if excess() > 0 and "user" in roles:
+    excess = 1 + sum(map(len, turns)) + len(generation_prompt) - (max_length or math.inf)
+    kept = first
+    for i in range(first + 1, len(turns)):
+        if excess > 0 and roles[i] == "user":  # the next exchange starts here: drop the one before it
+            excess -= sum(map(len, turns[kept:i]))
+            kept = i
+    del turns[first:kept], roles[first:kept]
+    if excess > 0 and "user" in roles:
         question = turns[roles.index("user", first)]
-        n_cut = min(excess(), len(question) - 3)  # keep the role, one token and the end of the turn
-        if n_cut > 0:
-            begin = 1 if add_generation_prompt else len(question) - 1 - n_cut
-            del question[begin : begin + n_cut]
-    if excess() > 0:
+        n_cut = max(0, min(excess, len(question) - 3))  # keep the role, one token and the end of the turn
+        begin = 1 if add_generation_prompt else len(question) - 1 - n_cut
+        del question[begin : begin + n_cut]
+        excess -= n_cut
+    if excess > 0:
         return None
     tokens, loss_mask = [tokenizer.end_of_text], [False]
     for role, turn in zip(roles, turns, strict=True):
         tokens += turn
         loss_mask += [False] + [role == "assistant"] * (len(turn) - 1)
     return tokens + generation_prompt, loss_mask + [False] * len(generation_prompt)
-
-
-def next_user_turn(roles: list[str], first: int) -> int | None:
-    """Return the index of the second user message, where the second exchange starts; None if there is none."""
-    return next((i for i in range(first + 1, len(roles)) if roles[i] == "user"), None)
 
 
 def encode_prompt(

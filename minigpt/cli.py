@@ -97,7 +97,7 @@ def exit_with_error(message: str, code: int = 2) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(2)
         prefix = f"process {os.environ.get('RANK')}: "
-    print(f"error: {prefix}{' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {prefix}{strip_control_chars(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,20 @@ class Processes:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return all(other == value for other in values)
+
+    def call_on_main(self, function: Callable, *args: Any) -> Any:
+        """Return the result of a call by the main process alone; if it raises `UserError`, all processes raise it."""
+        results: list = [None]
+        if self.is_main:
+            try:
+                results = [function(*args)]
+            except UserError as error:
+                results = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(results)
+        if isinstance(results[0], UserError):
+            raise results[0]
+        return results[0]
 
     def barrier(self) -> None:
         """Wait for all processes."""

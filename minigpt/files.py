@@ -1,9 +1,10 @@
 """Files that are whole or absent: atomic writes, checksums, manifests, and the lock of a folder."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,40 @@ def atomic_rename(temporary: Path, path: Path) -> None:
 
 
 def write_file(path: Path, parts: str | Iterable[bytes]) -> None:
-    """Write a file atomically. An `OSError`, such as a full disk, names the file, of which no part is left."""
+    """Write a file atomically. If that fails, as on a full disk, no part of it is left."""
     temporary = path.with_name(path.name + ".tmp")
+    with name_in_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                for part in [parts.encode()] if isinstance(parts, str) else parts:
+                    file.write(part)
+            atomic_rename(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file. If that fails, as on a full disk, the file is as before."""
+    with name_in_errors(path), open(path, "a+b", buffering=0) as file:
+        size, data = file.tell(), line.encode() + b"\n"
+        if size:
+            file.seek(-1, os.SEEK_END)
+            data = data if file.read() == b"\n" else b"\n" + data  # the last line may be incomplete
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+@contextlib.contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Let an `OSError` in a `with` block name a file: Python names it only if it cannot be opened."""
     try:
-        with open(temporary, "wb") as file:
-            for part in [parts.encode()] if isinstance(parts, str) else parts:
-                file.write(part)
-        atomic_rename(temporary, path)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minigpt.checkpoint import build_model
 from minigpt.cli import UserError
+from minigpt.files import write_json
 from minigpt.runs import format_runs
 from model import GPT, GPTConfig
 
@@ -51,7 +52,7 @@ def save_hf(model: GPT, folder: Path) -> None:
         weight = weight.t() if is_linear(name) else weight
         weights[f"transformer.{name}"] = weight.contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_to_hf(model.config), indent=2) + "\n")
+    write_json(folder / "config.json", config_to_hf(model.config))
 
 
 def is_linear(name: str) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minigpt.cli import Progress, UserError, strip_control_chars
 from minigpt.distributed import Processes
+from minigpt.files import append_line, write_file
 from minigpt.run import Run
 from minigpt.runs import list_checkpoints, read_log
 from model import GPT
@@ -141,8 +142,7 @@ class MetricsLogger:
         """Append a row to log.jsonl, send it to the trackers, and print lines."""
         if self.procs.is_main:
             row = {"step": step, "tokens": step * self.batch_tokens} | values
-            with open(self.run.log_file, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.run.log_file, json.dumps(row))
             for tracker in self.trackers:
                 tracker.log(row)
         for line in lines:
@@ -256,7 +256,7 @@ class WandbTracker:
         except wandb.Error as error:
             raise UserError(f"--report_to wandb: {error}; WANDB_MODE=offline needs no network") from None
         self.table = wandb.Table
-        id_file.write_text(run_id)
+        write_file(id_file, run_id)
         first = math.inf if resumed and self.run.offline else self.run.step  # online, the server returns its last step
         for row in read_log(folder):
             if row["step"] >= first:

@@ -31,6 +31,7 @@ class Run:
         data: the training data.
         procs: the processes that train.
         history: earlier training runs of the initial model, see `PretrainedModel`.
+        newest_checkpoint: the checkpoint to resume from, if it is already verified.
 
     Attributes:
         newest_checkpoint: the checkpoint to resume from; None for a new run.
@@ -40,7 +41,14 @@ class Run:
         UserError: the folder holds another run, or other files.
     """
 
-    def __init__(self, config: Any, data: Dataset, procs: Processes, history: Sequence[dict] = ()):
+    def __init__(
+        self,
+        config: Any,
+        data: Dataset,
+        procs: Processes,
+        history: Sequence[dict] = (),
+        newest_checkpoint: Path | None = None,
+    ):
         self.folder, self.config, self.procs = Path(config.out), config, procs
         self.history, self.source = list(history), data.meta.get("source", {})
         self.tokenizer, self.log_file = data.tokenizer, self.folder / "log.jsonl"
@@ -54,7 +62,13 @@ class Run:
             raise UserError(f"{self.folder} already exists and is not a run: choose another --out")
         if procs.is_main:
             lock_folder(self.folder)
-        self.newest_checkpoint = runs.find_newest(self.folder, warn=procs.is_main)
+        if not procs.all_equal(self.identity):
+            raise UserError("the processes have different flags or data: start all of them with the same")
+        self.newest_checkpoint = newest_checkpoint or procs.call_on_main(runs.find_newest, self.folder)
+        if self.newest_checkpoint is not None and not self.newest_checkpoint.exists():
+            raise UserError(
+                f"this machine has no {self.newest_checkpoint}: --out must be a folder that all machines share"
+            )
         self.stop_reason, self.started, self.signal_time = "", time.monotonic(), 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -79,21 +93,16 @@ class Run:
     def resume(self, model: GPT, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest checkpoint, if any; return the number of completed steps, 0 for a new run.
 
-        Raises `UserError` if the checkpoint is corrupt, of another shape, or not the same for all processes.
+        Raises `UserError` if the checkpoint is corrupt or of another shape.
         """
         step = None
         if self.newest_checkpoint is not None:
             meta = runs.read_meta(self.newest_checkpoint)
             saved = asdict(GPTConfig()) | meta["model"]  # a field that is newer than the checkpoint has its default
             self._check_same(saved, asdict(model.config))
-            model.load_state_dict(checkpoint.load_tensors(self.newest_checkpoint, "model", meta))
-            checkpoint.load_optimizer_state_dict(self.newest_checkpoint, meta, model, optimizer)
+            model.load_state_dict(checkpoint.load_tensors(self.newest_checkpoint, "model", meta, verified=True))
+            checkpoint.load_optimizer_state_dict(self.newest_checkpoint, meta, model, optimizer, verified=True)
             step = meta["step"]
-        if not self.procs.all_equal(step):
-            raise UserError(
-                f"the processes found different checkpoints in {self.folder}: --out must be a folder that all machines"
-                " share"
-            )
         if self.procs.is_main:
             if self.newest_checkpoint is not None:
                 checkpoint.set_aside(self.folder, self.newest_checkpoint)

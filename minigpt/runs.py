@@ -78,8 +78,8 @@ def list_steps(run: Path) -> list[Path]:
     return sorted(found, key=lambda item: int(item.name[5:]))
 
 
-def find_newest(run: Path, warn: bool = False) -> Path | None:
-    """Return the newest checkpoint that is not corrupt, or None; with `warn`, report corrupt ones on stderr.
+def find_newest(run: Path) -> Path | None:
+    """Return the newest checkpoint that is not corrupt, or None. A warning on stderr names corrupt ones.
 
     Raises `UserError` if all checkpoints are corrupt.
     """
@@ -89,8 +89,7 @@ def find_newest(run: Path, warn: bool = False) -> Path | None:
             verify(folder)
             return folder
         except UserError as error:
-            if warn:
-                print(f"warning: {error}; trying an earlier checkpoint", file=sys.stderr)
+            print(f"warning: {error}; trying an earlier checkpoint", file=sys.stderr)
     if found:
         raise UserError(f"all checkpoints of {run} are corrupt: delete them to start again, or choose another --out")
     return None

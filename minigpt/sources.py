@@ -4,6 +4,7 @@ Every source iterates over (location, record): a dict, and its location for erro
 """
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -232,13 +233,13 @@ def find_files(
                 files.append(path)
     if split != SourceConfig.split and not has_splits:
         raise UserError(f"--split {split}: {flag} has no folder of several splits saved by datasets.save_to_disk")
-    counts = Counter(file.resolve() for file in files)  # symbolic links can name a file twice
+    counts = Counter(map(os.path.realpath, files))  # symbolic links can name a file twice
     for file in files:
         if not file.is_file():
             raise UserError(f"{flag} {file}: not a file")
         if data_suffix(file) not in (*suffixes, ".arrow"):
             raise UserError(f"{flag} {file}: a file must end in {supported}")
-        if counts[file.resolve()] > 1:
+        if counts[os.path.realpath(file)] > 1:
             raise UserError(f"{flag} {file}: named more than once")
     return files
 

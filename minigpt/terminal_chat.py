@@ -12,6 +12,7 @@ import torch
 
 from minigpt.chat import encode_prompt, max_prompt_length
 from minigpt.cli import UserError, strip_control_chars
+from minigpt.files import append_line
 from minigpt.inference import stream_text
 from minigpt.pretrained import PretrainedModel
 from minigpt.sampling import SamplingParams
@@ -198,11 +199,7 @@ class Conversation:
             raise UserError(f"/save {file}: the name must end in .jsonl, for prepare_dolly.py to read it")
         path, record = Path(os.path.expanduser(file)), {"messages": [*self.system_messages, *self.turns]}
         try:
-            with open(path, "a+b") as out:
-                if out.tell():  # complete the last line if it has no line break
-                    out.seek(-1, os.SEEK_END)
-                    out.write(b"" if out.read() == b"\n" else b"\n")
-                out.write(json.dumps(record).encode() + b"\n")
+            append_line(path, json.dumps(record))
         except (OSError, ValueError) as error:  # ValueError: an invalid file name
             raise UserError(f"{path} could not be written: {getattr(error, 'strerror', error)}") from None
         print(f"{len(record['messages'])} messages appended to {path}")

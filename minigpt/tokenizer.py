@@ -23,6 +23,7 @@ import numpy as np
 import tiktoken
 
 from minigpt.cli import UserError
+from minigpt.files import write_file
 from minigpt.tokenizer_json import PATTERNS, build_tokenizer_json, read_vocabulary
 
 BUILT_IN = {  # content hash -> name
@@ -154,7 +155,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json beside data or weights that need it; the built-in vocabularies need none."""
         if self.name not in BUILT_IN.values():
-            (folder / TOKENIZER_FILE).write_text(self.text_json, encoding="utf-8")
+            write_file(folder / TOKENIZER_FILE, self.text_json)
 
 
 def load_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:

@@ -1,6 +1,7 @@
 """The chat format: records to messages, messages to tokens and loss mask, truncation, the prompt before a reply."""
 
 import re
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -306,3 +307,12 @@ def test_the_oldest_turns_are_dropped_from_the_prompt():
     assert [prompt_of(("user", "1" * n))[1] for n in (44, 45)] == [0, 1]  # with 4 special tokens: 48 and 49
     with pytest.raises(UserError, match="system message alone fills the context of 64 tokens"):
         prompt_of(("system", "Be." * 30), ("user", "a"))
+
+
+def test_the_time_of_encoding_grows_linearly():
+    """A conversation of 40,000 messages would take minutes if each dropped one cost the length of the rest."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"message {i}"} for i in range(40_000)]
+    started = time.process_time()
+    tokens, _ = encode_chat(BYTES, messages, max_length=100)
+    assert time.process_time() - started < 4
+    assert BYTES.decode(tokens).count("<|user|>") == 3 and "message 39999" in BYTES.decode(tokens)

@@ -67,6 +67,7 @@ def test_flags_become_the_config(monkeypatch):
     ("error", "code", "line"),
     [
         (UserError("two lines\n  become one"), 2, "error: two lines become one"),
+        (UserError("a.jsonl: \x1b[31m\x9b2J, \u00e9"), 2, "error: a.jsonl: \ufffd[31m\ufffd2J, \u00e9"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (PermissionError(errno.EACCES, "Permission denied", "out/a.npy"), 2, "error: out/a.npy: Permission denied"),
         (OSError(errno.EIO, "Input/output error"), 2, "error: file system: Input/output error"),

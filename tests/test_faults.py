@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,13 +17,14 @@ import soak
 import torch
 from conftest import ROOT, TRAIN, TUNE, error_of, read_log, start
 from forked import ForkedProcess
+from screenshot import free_port
 from torch import nn
 
 from minigpt import checkpoint, runs
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes
-from minigpt.files import lock_folder
+from minigpt.files import append_line, lock_folder
 from minigpt.metrics import MAX_SKIPPED_STEPS
 from minigpt.optim import build_optimizer
 from minigpt.run import EXIT_STOPPED
@@ -254,6 +256,20 @@ def test_no_new_start_if_all_checkpoints_are_corrupt(fails, pretrained, text_dat
     assert len(runs.list_checkpoints(tmp_path / "run")) == 2
 
 
+def test_processes_with_different_flags_do_not_train(text_data, tmp_path):
+    """As on two machines of which one has old files or another command."""
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = []
+    for rank, lr in enumerate((1e-3, 2e-3)):
+        command = [ROOT / "pretrain.py", "--data", text_data, "--out", tmp_path / "run", *TRAIN[:-1], lr]
+        env = os.environ | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(ForkedProcess(command, tmp_path, env))
+    for process in processes:
+        assert process.wait(60) == 2
+        assert "the processes have different flags or data" in process.stderr.read_text()
+    assert not runs.list_steps(tmp_path / "run")
+
+
 # ---- a full disk, no permission --------------------------------------------------------------------------------------
 
 
@@ -288,6 +304,25 @@ def test_a_full_disk_while_preparing(small_disk, tmp_path):
     done = start(*args, cwd=tmp_path, expect=2)
     assert f"{small_disk}/data/" in done.stderr and "free some space" in done.stderr
     assert not (small_disk / "data" / "meta.json").exists() and not list((small_disk / "data").glob("*.npy.tmp"))
+
+
+def test_a_full_disk_leaves_whole_lines(small_disk):
+    """A line is appended whole or not at all, and the error names the file."""
+    file, n_lines = small_disk / "log.jsonl", 0
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{file}'")):
+        while True:
+            append_line(file, "x" * 9_999)
+            n_lines += 1
+    assert file.read_bytes() == (b"x" * 9_999 + b"\n") * n_lines and n_lines > 100
+
+
+@pytest.mark.parametrize("script, name", [("prepare_sample.py", "text.jsonl"), ("plot.py", "loss.png")])
+def test_a_full_disk_leaves_no_partial_file(script, name, pretrained, small_disk, tmp_path):
+    (small_disk / "ballast").write_bytes(bytes(2_060_000))
+    args = (pretrained, "--out", small_disk / name) if script == "plot.py" else ("--out", small_disk)
+    error = error_of(start(script, *args, cwd=tmp_path, expect=2))
+    assert error == f"{small_disk}/{name}: No space left on device: free some space and run the same command again"
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 def test_a_full_disk_while_exporting(pretrained, small_disk, tmp_path):

@@ -35,6 +35,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert files.read_json(tmp_path / "a.json") == {"old": 1}
 
 
+def test_lines_are_appended(tmp_path):
+    """An incomplete last line is completed first."""
+    for line in ("a", "é"):
+        files.append_line(tmp_path / "log", line)
+    assert (tmp_path / "log").read_text() == "a\né\n"
+    (tmp_path / "log").write_text("a\nb")
+    files.append_line(tmp_path / "log", "c")
+    assert (tmp_path / "log").read_text() == "a\nb\nc\n"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "7"])
 def test_corrupt_json_is_named(tmp_path, text):
     (tmp_path / "a.json").write_text(text)

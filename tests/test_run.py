@@ -2,6 +2,7 @@
 
 import json
 import signal
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pretrain
 from minigpt import checkpoint, run, runs
 from minigpt.cli import UserError, resumable
 from minigpt.distributed import Processes
+from minigpt.files import sha256
 from minigpt.metrics import MetricsLogger
 from minigpt.optim import build_optimizer
 from minigpt.run import Run
@@ -145,3 +147,24 @@ def test_resumed_run_keeps_its_history(flags):
     history = [{"source": "gpt2"}]
     Run(flags, DATA, SINGLE, history).save(3, model, optimizer, {})
     assert Run(flags, DATA, SINGLE, [*history, {"source": "itself"}]).history == history
+
+
+def test_a_checkpoint_is_hashed_once(flags, monkeypatch):
+    run, model, optimizer, _ = open_run(flags)
+    run.save(3, model, optimizer, {})
+    hashed = []
+    monkeypatch.setattr(runs, "sha256", lambda file: hashed.append(file.name) or sha256(file))
+    assert open_run(flags)[3] == 3
+    assert sorted(hashed) == ["model.safetensors", "train_state.safetensors"]
+
+
+def test_a_long_log_is_not_read_into_memory(flags):
+    run, model, optimizer, _ = open_run(flags)
+    run.save(100_000, model, optimizer, {})
+    rows = (json.dumps({"step": step, "tokens": step, "loss": 2.5}) + "\n" for step in range(100_010))
+    run.log_file.write_text("".join(rows))
+    tracemalloc.start()
+    open_run(flags)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6 and len(run.log_file.read_text().splitlines()) == 100_001

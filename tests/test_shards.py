@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -548,3 +549,21 @@ def test_an_npz_archive_is_not_an_array(tmp_path):
     (tmp_path / "a.npz").rename(tmp_path / "a.npy")
     with pytest.raises(UserError, match="is corrupt or truncated"):
         open_array(tmp_path / "a.npy", 3)
+
+
+def test_more_shards_than_the_usual_limit_of_open_files(tmp_path):
+    """1.3 T tokens have 13,000 shards; most systems let a process open 1,024 files unless it asks for more."""
+    n_shards, hard = 13_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard < n_shards + 100:
+        pytest.skip(f"this system allows {hard:,} open files")
+    np.save(tmp_path / "0.npy", np.arange(5, dtype=np.uint16))
+    for i in range(1, n_shards):
+        os.link(tmp_path / "0.npy", tmp_path / f"{i}.npy")
+    files = [{"file": f"{i}.npy", "length": 5} for i in range(n_shards)]
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1_024, hard))
+    try:
+        arrays = shards.open_arrays(tmp_path, {"train": {"files": files[1:]}, "val": {"files": files[:1]}})
+        assert len(arrays["train"]) == n_shards - 1 and all(array[4] == 4 for array in arrays["train"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

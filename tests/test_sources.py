@@ -98,6 +98,8 @@ def test_an_existing_name_with_brackets_is_not_a_glob(folder):
         (["x.gz"], f"--files x.gz: a file must end in {SUPPORTED}"),
         (["deep/"], f"--files deep: no file in this folder ends in {SUPPORTED}"),
         (["a.txt", "dangling"], "--files dangling/gone.txt: not a file"),
+        (["loop.txt"], "--files loop.txt: not a file"),
+        (["loops"], "--files loops/loop.txt: not a file"),
         (["a.txt", "./a.txt"], "--files a.txt: named more than once"),
         (["a.txt", "*.txt"], "--files a.txt: named more than once"),
         (["both/b.txt", "both"], "--files both/b.txt: named more than once"),
@@ -108,6 +110,9 @@ def test_a_pattern_that_cannot_be_used(folder, patterns, message):
         write(name)
     Path("dangling").mkdir()
     Path("dangling/gone.txt").symlink_to("nowhere")
+    Path("loops").mkdir()
+    for name in ("loop.txt", "loops/loop.txt"):
+        Path(name).symlink_to("loop.txt")
     with pytest.raises(UserError) as error:
         find_files(patterns, SUFFIXES)
     assert str(error.value) == message.format(folder=folder)
