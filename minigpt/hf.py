@@ -1,6 +1,5 @@
 """GPT-2 in Hugging Face's format: a folder with config.json and model.safetensors, or a hub id."""
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from minigpt.checkpoint import build_model
 from minigpt.cli import UserError
-from minigpt.files import write_json
+from minigpt.files import read_json, write_json
 from minigpt.runs import format_runs
 from model import GPT, GPTConfig
 
@@ -37,7 +36,7 @@ def load_hf(source: str | Path) -> GPT:
     """
     config_file, weights_file = (find_hf_file(source, name) for name in ("config.json", "model.safetensors"))
     try:
-        config = config_from_hf(json.loads(config_file.read_text()))
+        config = config_from_hf(read_json(config_file))
         return build_model(config, weights_from_hf(weights_file), weights_file.name)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} is not a readable GPT-2: {' '.join(str(error).split())}") from None

@@ -23,8 +23,10 @@ from minigpt.cli import Progress, UserError
 from minigpt.dataset import ChatDataset, TokenDataset
 from minigpt.files import write_manifest
 from minigpt.optim import build_optimizer
-from minigpt.pretrained import load_pretrained
+from minigpt.pretrained import PretrainedModel, load_pretrained
 from minigpt.shards import inspect_folder, open_npy
+from minigpt.tokenizer import Tokenizer, read_tokenizer
+from model import GPT, GPTConfig
 
 fuzz = settings(
     deadline=None,
@@ -109,6 +111,74 @@ def test_flipped_bits_are_detected_or_harmless(folder_and_loader):
     flip()
 
 
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    """Return a chat model with a trained vocabulary in Hugging Face's format, which has no checksums."""
+    tokenizer = Tokenizer("gpt2", {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"the": 257})
+    model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.chat_vocab_size, n_layer=2, n_head=2, n_embd=8))
+    (tmp_path / "exported").mkdir()
+    export.write_files(tmp_path / "exported", PretrainedModel(model, tokenizer, True, "runs/a/step_000001", []))
+    load_hf_folder(tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def load_hf_folder(folder: Path) -> None:
+    """Load a model and its tokenizer and use both."""
+    read_tokenizer.cache_clear()
+    loaded = load_pretrained(str(folder))
+    tokens = loaded.tokenizer.encode("the cat\n\n  sat")[:16]
+    loaded.model(torch.tensor([tokens]))
+    loaded.tokenizer.decode(range(loaded.tokenizer.chat_vocab_size))
+
+
+def test_flipped_bits_of_a_hugging_face_folder(exported):
+    """Half of the flips are in the first bytes of a file, where the header of the weights is."""
+
+    @fuzz
+    @given(st.sampled_from(["config.json", "tokenizer.json", "model.safetensors"]), st.data())
+    def flip(name: str, data) -> None:
+        original = (exported / name).read_bytes()
+        position = data.draw(st.integers(0, len(original) - 1) | st.integers(0, min(2000, len(original) - 1)))
+        damaged = bytearray(original)
+        damaged[position] ^= 1 << data.draw(st.integers(0, 7))
+        (exported / name).write_bytes(damaged)
+        try:
+            with contextlib.suppress(UserError):
+                load_hf_folder(exported)
+        finally:
+            (exported / name).write_bytes(original)
+
+    flip()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_edited_values_of_a_hugging_face_folder(exported, name):
+    content = json.loads((exported / name).read_text())
+    paths = [path for path in places(content) if "vocab" not in path[:-1] or path[-1] in ("a", "the")]
+
+    @fuzz
+    @given(st.sampled_from(paths), VALUES | st.just("absent"))
+    def edit(path: tuple, value: object) -> None:
+        (exported / name).write_text(json.dumps(edit_value(content, path, value)))
+        with contextlib.suppress(UserError):
+            load_hf_folder(exported)
+
+    edit()
+
+
+def edit_value(content: dict, path: tuple, value: object) -> dict:
+    """Return a copy of a JSON value with another value at a path, or with none if it is "absent"."""
+    edited = json.loads(json.dumps(content))
+    parent = edited
+    for key in path[:-1]:
+        parent = parent[key]
+    if value == "absent":
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return edited
+
+
 def places(value: object) -> list[tuple]:
     """Return the paths of all values in a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -125,15 +195,7 @@ def test_edited_manifests_end_in_one_line(folder_and_loader):
     @fuzz
     @given(st.sampled_from(paths), VALUES | st.just("absent"))
     def edit(path: tuple, value: object) -> None:
-        edited = json.loads(json.dumps(meta))
-        parent = edited
-        for key in path[:-1]:
-            parent = parent[key]
-        if value == "absent":
-            del parent[path[-1]]
-        else:
-            parent[path[-1]] = value
-        write_manifest(folder / "meta.json", edited)
+        write_manifest(folder / "meta.json", edit_value(meta, path, value))
         with contextlib.suppress(UserError):
             load(folder)
         with contextlib.suppress(UserError):
