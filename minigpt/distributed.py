@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from minigpt.cli import UserError
 from model import GPT
+
+START_TIMEOUT = timedelta(minutes=10)  # machines may take minutes to start
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,31 @@ def init_processes(device: str | None, dtype: str | None, deterministic: bool = 
     elif found.type == "cpu":
         tune_malloc()
     if world_size > 1:
-        # After a restart torchrun passes the store that still has the addresses of the dead processes. A prefix for
-        # each attempt hides them (pytorch issue 135712).
-        store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = meet_processes(rank, world_size)
         backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Processes(rank, world_size, found, find_dtype(dtype, found))
+
+
+def meet_processes(rank: int, world_size: int) -> dist.Store:
+    """Wait until all processes have started; return the store by which they find each other.
+
+    Raises `UserError` after `START_TIMEOUT`. The process group by itself would wait for half an hour.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        # After a restart torchrun passes the store that still has the addresses of the dead processes. A prefix for
+        # each attempt hides them (pytorch issue 135712).
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set(f"started_{rank}", "")
+        store.wait([f"started_{other}" for other in range(world_size)], START_TIMEOUT)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the {world_size} processes did not all start within {START_TIMEOUT.total_seconds():g} seconds; is"
+            f" torchrun still running on every machine? ({reason})"
+        ) from None
+    return store
 
 
 def stop_with_launcher() -> None:

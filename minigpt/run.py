@@ -106,6 +106,7 @@ class Run:
         if self.procs.is_main:
             if self.newest_checkpoint is not None:
                 checkpoint.set_aside(self.folder, self.newest_checkpoint)
+                checkpoint.prune(self.folder, self.config.keep)  # completes a deletion that was interrupted
             self._truncate_log(-1 if step is None else step)
         return step or 0
 

@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -74,14 +75,25 @@ class Tokenizer:
         """Return the tokens of a text. Names of special tokens in it are ordinary text."""
         tokens: list[int] = []
         begin = 0
-        for run in LONG_SPACE.finditer(text) if self.pattern == "gpt2" and len(text) > MAX_SPACE else ():
-            # tiktoken's regular expression overflows its stack on it. GPT-2's pattern makes one piece of white space
-            # without its last character, which belongs to the next piece.
-            end = run.end() if run.end() == len(text) else run.end() - 1
-            tokens += self.encoding.encode_ordinary(text[begin : run.start()])
-            tokens += self.encoding._encode_single_piece(text[run.start() : end])
-            begin = end
+        for run in LONG_SPACE.finditer(text) if self.pattern != "bytes" and len(text) > MAX_SPACE else ():
+            # tiktoken's regular expression overflows its stack on it.
+            cuts = self._cut_space(text, run.start(), run.end())
+            tokens += self.encoding.encode_ordinary(text[begin : cuts[0]])
+            for begin, end in pairwise(cuts):
+                tokens += self.encoding._encode_single_piece(text[begin:end]) if begin < end else []
+            begin = cuts[-1]
         return tokens + self.encoding.encode_ordinary(text[begin:])
+
+    def _cut_space(self, text: str, start: int, end: int) -> list[int]:
+        """Return where the pattern cuts a long run of white space: the start, the end, and cuts between them."""
+        last = end if end == len(text) else end - 1  # the last character belongs to the next piece
+        if self.pattern == "gpt2":
+            return [start, last]
+        previous, space = text[start - 1 : start], text[start:end]
+        after_break = start + max(space.rfind("\r"), space.rfind("\n")) + 1  # a piece ends at the last line break
+        if previous and unicodedata.category(previous)[0] not in "LN":  # punctuation takes the line breaks after it
+            start += len(space) - len(space.lstrip("\r\n"))
+        return [start, after_break, max(after_break, last)] if after_break > start else [start, max(start, last)]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of tokens. Invalid UTF-8 becomes U+FFFD, special tokens their names."""

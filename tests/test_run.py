@@ -149,6 +149,15 @@ def test_resumed_run_keeps_its_history(flags):
     assert Run(flags, DATA, SINGLE, [*history, {"source": "itself"}]).history == history
 
 
+def test_a_resumed_run_completes_an_interrupted_deletion(flags):
+    """Also if no step is left, after which `save` would do it."""
+    run, model, optimizer, _ = open_run(flags)
+    run.save(3, model, optimizer, {})
+    (run.folder / "step_000001.tmp").mkdir()
+    open_run(flags)
+    assert [item.name for item in run.folder.glob("step_*")] == ["step_000003"]
+
+
 def test_a_checkpoint_is_hashed_once(flags, monkeypatch):
     run, model, optimizer, _ = open_run(flags)
     run.save(3, model, optimizer, {})

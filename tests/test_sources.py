@@ -178,6 +178,17 @@ def test_parquet_yields_the_text_of_every_row(folder):
     assert [found[0][0], found[-1][0]] == ["a.parquet row 1", "a.parquet row 2500"]
 
 
+def test_a_tiny_parquet_file_with_large_rows(tmp_path):
+    """A dictionary holds one text of 10 MB, and each of 10,000 rows refers to it."""
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10_000, pyarrow.int32()), ["a" * 10_000_000])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    records = read_files([tmp_path / "a.parquet"], "text")
+    for _ in range(20):
+        assert len(next(records)[1]["text"]) == 10_000_000
+    assert pyarrow.total_allocated_bytes() < 500_000_000
+
+
 def test_parquet_without_the_column_lists_the_columns(folder):
     file = write_parquet("a.parquet", score=[1], body=["x"])
     with pytest.raises(UserError, match=r"a\.parquet: no column 'text'; --text_field can be one of: score, body"):

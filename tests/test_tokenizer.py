@@ -1,5 +1,6 @@
 """Text to tokens and back, whole and streamed."""
 
+import itertools
 import json
 import random
 import re
@@ -203,25 +204,36 @@ def test_a_stream_equals_decode_for_any_tokens(tokenizer, data):
     assert "".join(map(stream.decode, tokens)) + stream.flush() == tokenizer.decode(tokens)
 
 
-AROUND = (st.sampled_from(["", "a", "a.", "'", "1"]), st.sampled_from(["", "b", ".", "'s", "é"]))
+AROUND = (st.sampled_from(["", "a", "a.", "'", "1", "é_", ".\n\n"]), st.sampled_from(["", "b", ".", "'s", "é"]))
 
 
+# Each pair of these characters is a token, so that the tokens show where the pattern cuts.
+RANKS = {bytes([byte]): byte for byte in range(256)}
+RANKS |= {bytes(pair): 256 + i for i, pair in enumerate(itertools.product(b" \n\t.ab", repeat=2))}
+SPACE_TOKENIZERS = {pattern: Tokenizer(pattern, RANKS) for pattern in ("gpt2", "gpt4")}
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
 @given(before=AROUND[0], after=AROUND[1], data=st.data())
-@settings(max_examples=100, deadline=None)
-def test_long_white_space_is_encoded_as_in_one_piece(gpt2_tokenizer, before, after, data):
+@settings(max_examples=300, deadline=None)
+def test_long_white_space_is_encoded_as_in_one_piece(pattern, before, after, data):
     """Below the limit of tiktoken's regular expression, the parts give the tokens of the whole."""
     space = data.draw(st.text("  \n\t\r\u3000\xa0", min_size=20, max_size=60))
     text = before + space + after + " " * 30 + "end"
-    pattern = re.compile(minigpt.tokenizer.LONG_SPACE.pattern.replace("100000", "20"))
-    with mock.patch.multiple(minigpt.tokenizer, LONG_SPACE=pattern, MAX_SPACE=20):
-        assert gpt2_tokenizer.encode(text) == gpt2_tokenizer.encoding.encode_ordinary(text)
+    long_space = re.compile(minigpt.tokenizer.LONG_SPACE.pattern.replace("100000", "20"))
+    tokenizer = SPACE_TOKENIZERS[pattern]
+    with mock.patch.multiple(minigpt.tokenizer, LONG_SPACE=long_space, MAX_SPACE=20):
+        assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
 
 
-def test_millions_of_spaces(gpt2_tokenizer):
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_millions_of_spaces(pattern):
     """tiktoken's regular expression overflows its stack above about a million."""
-    text = "a" + " " * 2_000_000 + "b" + "\n" * 2_000_000
-    [document] = gpt2_tokenizer.encode_documents([text])
-    assert document[1:].tolist() == gpt2_tokenizer.encode(text) and gpt2_tokenizer.decode(document[1:]) == text
+    tokenizer = SPACE_TOKENIZERS[pattern]
+    space = " " * 2_000_000
+    for text in ("a" + space + "b" + "\n" * 2_000_000, "." + "\n" * 2_000_000 + "a", f"{space}\n{space}."):
+        [document] = tokenizer.encode_documents([text])
+        assert document[1:].tolist() == tokenizer.encode(text) and tokenizer.decode(document[1:]) == text
 
 
 def test_memory_does_not_grow_with_the_number_of_different_words(gpt2_tokenizer, monkeypatch):

@@ -5,12 +5,15 @@ import functools
 import itertools
 import math
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+from screenshot import free_port
 from torch.nn import functional as F
 
+from minigpt import distributed
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
@@ -141,6 +144,18 @@ def test_device_and_precision():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no such device"):
             find_device("cuda")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_do_not_wait_for_ever_at_the_start(monkeypatch, rank):
+    """Rank 0 waits for another process, rank 1 for the store that rank 0 or torchrun serves."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "RANK": rank}
+    for name, value in address.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "START_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "stop_with_launcher", lambda: None)
+    with pytest.raises(UserError, match="the 2 processes did not all start within 1 seconds; is torchrun"):
+        init_processes("cpu", None)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
