@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     run = Run(config, data, procs, initial.history, resumed)
 
     model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
-    optimizer = build_optimizer(model, config.lr, config.weight_decay)
+    optimizer = build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.adamw_lr)
     step = run.resume(model, optimizer)
     micro_batch_size = training.choose_micro_batch_size(config, run.saved_flags, model, data, optimizer, procs)
     config = run.config = replace(config, micro_batch_size=micro_batch_size)
@@ -89,7 +89,7 @@ def main(config: Config) -> None:
         logger.log_validation(step, validation_loss())
     while not run.stop_requested() and step < steps:
         started = time.perf_counter()
-        lr = get_lr(step, steps, config.lr, config.warmup_fraction)
+        lr = get_lr(step, steps, config.lr, config.warmup_fraction, config.schedule, config.decay_fraction)
         options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch)
         metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1

@@ -113,7 +113,7 @@ def main(config: Config) -> None:
         logger.log_validation(step, validation_loss())
     while not run.stop_requested() and step < config.steps:
         started = time.perf_counter()
-        lr = get_lr(step, config.steps, config.lr, config.warmup_fraction)
+        lr = get_lr(step, config.steps, config.lr, config.warmup_fraction, config.schedule, config.decay_fraction)
         options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch)
         metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1
@@ -169,7 +169,7 @@ def build_model(
     """Return the initial model and its optimiser."""
     torch.manual_seed(config.seed)
     model = GPT(replace(model_config, vocab_size=data.tokenizer.vocab_size)).to(procs.device)
-    return model, build_optimizer(model, config.lr, config.weight_decay)
+    return model, build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.adamw_lr)
 
 
 def print_summary(config: Config, data: TokenDataset, model: GPT, batch_size: int, procs: Processes) -> None:

@@ -1,24 +1,124 @@
-"""The optimiser and the learning-rate schedule."""
+"""The optimisers, AdamW and Muon, and the learning-rate schedules."""
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor, nn
 
 from model import GPT
 
-
-def build_optimizer(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Return fused AdamW (Loshchilov & Hutter, 2019) with GPT-3's betas. Weight decay is for 2-D parameters only."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    no_decay = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+MOMENTUM = 0.95
+UPDATE_RMS = 0.2  # root mean square of a Muon update divided by the learning rate, about that of AdamW
+# Coefficients of a quintic polynomial whose iteration moves singular values towards 1 (Jordan, "Muon", 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 
 
-def get_lr(step: int, steps: int, lr: float, warmup_fraction: float, min_lr_fraction: float = 0.1) -> float:
-    """Return the learning rate of a step, counted from 0: linear warmup to `lr`, then cosine decay to a fraction."""
+def build_optimizer(
+    model: GPT, lr: float, weight_decay: float, name: str = "adamw", adamw_lr: float | None = None
+) -> torch.optim.AdamW:
+    """Return fused AdamW (Loshchilov & Hutter, 2019) with GPT-3's betas, or `Muon` for the matrices of the blocks.
+
+    Weight decay is for 2-D parameters only; with Muon, for the matrices of the blocks only.
+
+    Args:
+        name: "adamw" or "muon".
+        adamw_lr: with Muon, the learning rate of the parameters that AdamW trains; default: `lr`.
+    """
+    matrices = [p for p in model.h.parameters() if p.dim() == 2]
+    embeddings = [model.wte.weight, model.wpe.weight]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms
+    options = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    if name == "adamw":
+        groups = [{"params": matrices + embeddings, "weight_decay": weight_decay}, {"params": vectors}]
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, **options)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "is_muon": True},
+        {"params": embeddings + vectors, "lr_ratio": (adamw_lr or lr) / lr},
+    ]
+    n_splits = {block.attn.c_attn.weight: 3 for block in model.h}  # query, key and value are matrices of their own
+    return Muon(groups, n_splits, lr=lr, weight_decay=0.0, **options)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al., 2024) for the parameter groups with "is_muon", AdamW for the others.
+
+    Muon updates a matrix by its Nesterov momentum with all singular values set to about 1. The update is scaled to the
+    root mean square of AdamW's (Liu et al., "Muon is scalable for LLM training", 2025), so that one learning rate fits
+    matrices of all shapes. `found_inf`, a tensor, is as for fused AdamW: 1 leaves weights and momentum unchanged.
+
+    Args:
+        n_splits: the number of matrices that are stacked along the first dimension of a parameter; default: 1.
+    """
+
+    def __init__(self, groups: Iterable[dict], n_splits: dict[nn.Parameter, int], **options):
+        super().__init__(groups, **options)
+        self.n_splits = n_splits
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Do one step. Gradients of the matrices are consumed."""
+        for group in self.param_groups:
+            if group.get("is_muon"):
+                by_shape = defaultdict(list)
+                for p in group["params"]:
+                    if p.grad is not None:
+                        by_shape[p.shape, self.n_splits.get(p, 1)].append(p)
+                for (_, n_splits), matrices in by_shape.items():
+                    self._update(matrices, n_splits, group["lr"], group["weight_decay"])
+        super().step()
+
+    def _update(self, matrices: Sequence[nn.Parameter], n_splits: int, lr: float, weight_decay: float) -> None:
+        """Update matrices of equal shape."""
+        # Without a host sync: if the step is skipped, gradients count as 0 and all factors become those of no change.
+        applied = 1 - getattr(self, "found_inf", torch.zeros((), device=matrices[0].device))
+        directions = []
+        for p in matrices:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            gradient, p.grad = torch.where(applied > 0, p.grad, 0), None
+            state["momentum"].lerp_(gradient, (1 - MOMENTUM) * applied)
+            directions.append(gradient.lerp(state["momentum"], MOMENTUM))
+        rows, columns = matrices[0].shape
+        stacked = torch.stack(directions).view(-1, rows // n_splits, columns)
+        updates = orthogonalize(stacked).view(-1, rows, columns)
+        scale = UPDATE_RMS * math.sqrt(max(stacked.shape[1:]))
+        for p, update in zip(matrices, updates, strict=True):
+            p.mul_(1 - lr * weight_decay * applied)
+            p.add_(update * (applied * -lr * scale))
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Return matrices (n, A, B) with their singular values moved to between about 0.7 and 1.2.
+
+    This is Newton-Schulz iteration (Jordan et al., 2024), in bfloat16 on a GPU.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x.mT if x.size(1) > x.size(2) else x  # the smaller side first: its products are cheaper
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if matrices.size(1) > matrices.size(2) else x
+    return x.to(matrices.dtype)
+
+
+def get_lr(
+    step: int, steps: int, lr: float, warmup_fraction: float, schedule: str = "cosine", decay_fraction: float = 0.3
+) -> float:
+    """Return the learning rate of a step, counted from 0.
+
+    After linear warm-up to `lr`, "cosine" decays to a tenth of it along a cosine; "wsd" (warm-up, stable, decay; Hu et
+    al., 2024) stays constant and decays linearly towards 0 in the last `decay_fraction` of the steps.
+    """
     warmup_steps = max(1, round(warmup_fraction * steps))
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
+    if schedule == "wsd":
+        return lr * min(1.0, (steps - step) / max(1, round(decay_fraction * steps)))
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return lr * (min_lr_fraction + (1 - min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

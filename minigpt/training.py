@@ -31,7 +31,7 @@ class TrainConfig:
     lr: float
     """The peak learning rate."""
     warmup_fraction: float
-    """Fraction of the steps with linear warmup; then the learning rate decays along a cosine to a tenth."""
+    """Fraction of the steps with linear warm-up of the learning rate."""
     dropout: float
     """Dropout probability."""
     val_every: int
@@ -42,8 +42,16 @@ class TrainConfig:
     """Number of newest checkpoints to keep; the best one is kept too."""
     micro_batch_size: int | None = resumable(None)
     """Rows per forward pass; default: as in the resumed run, else the most that fit, on a CPU about 4,096 tokens."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others."""
+    adamw_lr: float | None = None
+    """With --optimizer muon: the peak learning rate of what AdamW trains; default: that of --lr."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate after the warm-up: a cosine down to a tenth, or constant and then a linear decay to 0."""
+    decay_fraction: float = 0.3
+    """With --schedule wsd: fraction of the steps with linear decay."""
     weight_decay: float = 0.1
-    """AdamW weight decay, on 2-D parameters only."""
+    """Weight decay, on 2-D parameters only; with --optimizer muon, on the matrices of the blocks only."""
     grad_clip: float = 1.0
     """Clip the gradient norm to this value."""
     seed: int = 1337
@@ -71,6 +79,10 @@ def check_train_config(config: TrainConfig) -> None:
     check_range("lr", config.lr, 0, 1, open_low=True)
     check_range("warmup_fraction", config.warmup_fraction, 0, 1)
     check_range("weight_decay", config.weight_decay, 0)
+    check_range("adamw_lr", config.adamw_lr, 0, 1, open_low=True)
+    check_range("decay_fraction", config.decay_fraction, 0, 1)
+    if config.adamw_lr is not None and config.optimizer != "muon":
+        raise UserError("--adamw_lr is for --optimizer muon; otherwise --lr is for all parameters")
     check_range("grad_clip", config.grad_clip, 0, open_low=True)
     check_range("dropout", config.dropout, 0, 0.9)
     check_range("seed", config.seed, 0, 2**63 - 1)
@@ -99,7 +111,7 @@ def train_step(
         grad_norm: gradient norm before clipping.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     batches = [batch.to(procs.device) for batch in batches]
     n_targets = procs.all_reduce(torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum())
     loss_sum = torch.zeros((), device=procs.device)
