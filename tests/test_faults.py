@@ -356,12 +356,13 @@ class Poisoned(nn.Module):
         return loss * {None: 1.0, "gradient": 1.0}.get(self.poison, self.poison)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), "gradient"])
-def test_non_finite_steps_change_nothing(poison):
+def test_non_finite_steps_change_nothing(poison, optimizer):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
     wrapped, procs = Poisoned(model), Processes(0, 1, torch.device("cpu"), torch.float32)
-    optimizer = build_optimizer(model, 1e-2, 0.1)
+    optimizer = build_optimizer(model, 1e-2, 0.1, optimizer)
     batch = Batch(torch.randint(9, (2, 8)), torch.randint(9, (2, 8)))
 
     def bits() -> list[bytes]:

@@ -57,10 +57,13 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
     assert f"next: python {ROOT}/generate.py --checkpoint runs/mine --prompt 'Once upon a time'\n" in done.stdout
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, dropout):
+MUON = ("--optimizer", "muon", "--adamw_lr", 1e-3, "--schedule", "wsd")
+
+
+@pytest.mark.parametrize("flags", [(), ("--dropout", 0.2), MUON])
+def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, flags):
     """A run that crashed after step 8 resumes to the same bits, and no step is logged twice."""
-    args = ("pretrain.py", "--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4, "--dropout", dropout)
+    args = ("pretrain.py", "--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4, *flags)
     run_script(*args, "--out", "./whole")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     shutil.copytree(whole, broken)
@@ -118,6 +121,13 @@ def test_two_processes_equal_one(pretrained, text_data, tmp_path):
         shutil.rmtree(tmp_path / run / "step_000012")
         start(*args, "--out", f"./{run}", cwd=tmp_path, processes=processes)
         assert losses(tmp_path / run) == pytest.approx(losses(pretrained), rel=1e-5)
+
+
+def test_two_processes_equal_one_with_muon(text_data, tmp_path):
+    args = ("pretrain.py", "--data", text_data, *TRAIN, *MUON, "--micro_batch_size", 4)
+    for processes in (1, 2):
+        start(*args, "--out", f"./{processes}", cwd=tmp_path, processes=processes)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
 
 
 def test_an_error_of_one_process_is_reported(text_data, tmp_path):

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from screenshot import free_port
+from torch import nn
 from torch.nn import functional as F
 
 from minigpt import distributed
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
-from minigpt.optim import build_optimizer, get_lr
+from minigpt.optim import build_optimizer, get_lr, orthogonalize
 from minigpt.training import (
     choose_micro_batch_size,
     find_max_micro_batch_size,
@@ -113,6 +114,81 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch():
     keys = [(seed, step, micro) for seed in (0, 1) for step in (0, 1, 2) for micro in (0, 1)]
     assert len({draw(*key) for key in keys}) == len(keys)
     assert draw(1, 2, 1) == draw(1, 2, 1)
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+def test_muon_equals_torch(monkeypatch):
+    """Of query, key and value apart, and of the other matrices; torch's own computes in bfloat16 unless patched."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    model = small_model()
+    plain = copy.deepcopy(model)
+    optimizer = build_optimizer(model, 1e-2, 0.1, "muon", 2e-3)
+    oracles = []
+    for block in plain.h:
+        for layer in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            oracles.append((layer.weight, [layer.weight]))
+        parts = [nn.Parameter(part.detach().clone()) for part in block.attn.c_attn.weight.chunk(3)]
+        oracles.append((block.attn.c_attn.weight, parts))
+    options = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    muon = torch.optim.Muon([part for _, parts in oracles for part in parts], **options)
+    matrices = {id(weight) for weight, _ in oracles}
+    others = [p for p in plain.parameters() if id(p) not in matrices]
+    adamw = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            theirs.grad = torch.randn_like(theirs)
+            ours.grad = theirs.grad.clone()
+        for weight, parts in oracles:
+            for part, gradient in zip(parts, weight.grad.chunk(len(parts)), strict=True):
+                part.grad = gradient.clone()
+        optimizer.param_groups[1]["lr"] = 2e-3
+        for each in (optimizer, muon, adamw):
+            each.step()
+    for weight, parts in oracles:
+        weight.data.copy_(torch.cat([part.detach() for part in parts]))
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (1, 64, 16)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalize(matrices)
+    product = u.mT @ found @ vh.mT
+    torch.testing.assert_close(product, torch.diag_embed(product.diagonal(dim1=1, dim2=2)))  # the same directions
+    values = torch.linalg.svdvals(found)
+    assert values.max() < 1.25 and values[s > 0.05 * s.max()].min() > 0.65
+
+
+def test_muon_trains_the_matrices_of_the_blocks():
+    model = small_model()
+    muon, adamw = build_optimizer(model, 1e-2, 0.1, "muon", 4e-3).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p].split(".", 2)[2] for p in muon["params"]} == {
+        *("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    }
+    assert len(muon["params"]) + len(adamw["params"]) == len(names)
+    assert (muon["weight_decay"], adamw["weight_decay"], adamw["lr_ratio"]) == (0.1, 0.0, 0.4)
+
+
+def test_the_learning_rates_keep_their_ratio():
+    model = small_model()
+    optimizer = build_optimizer(model, 1e-2, 0.1, "muon", 4e-3)
+    train_step(model, [ragged_batch(2)], optimizer, 5e-3, 1.0, ALONE)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 2e-3]
+
+
+def test_wsd_schedule():
+    """Up in a straight line, constant, down to zero in a straight line."""
+    rates = [get_lr(step, 100, 1.0, 0.1, "wsd", 0.4) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert set(rates[10:61]) == {1.0}
+    assert rates[60:] == pytest.approx([1 - i / 40 for i in range(40)])
+    assert [get_lr(step, 4, 1.0, 0.0, "wsd", 0.0) for step in range(4)] == [1.0] * 4
 
 
 def test_schedule():
