@@ -18,7 +18,7 @@ import tyro
 from minigpt import cli
 from minigpt.cli import Progress, UserError
 from minigpt.files import sha256
-from minigpt.runs import find_best, list_checkpoints, read_val_loss, verify
+from minigpt.runs import find_best, list_checkpoints, list_steps, read_val_loss, verify
 from minigpt.shards import SPLITS, open_arrays, read_meta
 
 
@@ -60,10 +60,10 @@ def find_folders(path: Path) -> list[Path]:
     """Return the checkpoints and dataset folders of a path. Raises `UserError` if there are none."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a folder of runs, a checkpoint or a dataset folder")
-    if is_checkpoint(path) or (path / "meta.json").exists():
+    runs = [run for run in (path, *sorted(path.iterdir())) if list_checkpoints(run)]
+    if not runs and (is_checkpoint(path) or (path / "meta.json").exists()):
         return [path]
-    found = list_checkpoints(path)
-    found = found or [step for run in sorted(path.iterdir()) for step in list_checkpoints(run)]
+    found = [step for run in runs for step in list_steps(run) if step.is_dir()]  # also without meta.json
     if not found:
         raise UserError(f"{path} holds no checkpoints and no meta.json: there are no checksums to compare")
     return found

@@ -6,6 +6,7 @@ Importing this module is cheap: tyro and tqdm are imported when they are used.
 import dataclasses
 import difflib
 import errno
+import faulthandler
 import io
 import math
 import os
@@ -35,6 +36,7 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
     """
     import tyro
 
+    faulthandler.enable(sys.__stderr__)  # prints a traceback if data is truncated under a running job (SIGBUS)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     # By default tyro checks stdout only and ignores https://no-color.org.

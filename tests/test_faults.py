@@ -270,6 +270,20 @@ def test_processes_with_different_flags_do_not_train(text_data, tmp_path):
     assert not runs.list_steps(tmp_path / "run")
 
 
+def test_data_that_is_truncated_under_a_running_job(text_data, fails, tmp_path):
+    """The operating system ends the process; the traceback shows where, and the next start names the file."""
+    shutil.copytree(text_data, tmp_path / "data")
+    args = ("pretrain.py", "--data", "data", "--out", "./run", *LONG, "--steps", 100_000)
+    process = spawn(*args, cwd=tmp_path)
+    wait_for_step(tmp_path / "run", 5, process)
+    for file in (tmp_path / "data").glob("train_*.npy"):
+        os.truncate(file, 0)
+    assert process.wait(60) == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in process.stderr.read_text()
+    assert "dataset.py" in process.stderr.read_text()
+    assert "train_000000.npy is corrupt or truncated" in fails(*args)
+
+
 # ---- a full disk, no permission --------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,22 @@ def test_checkpoints_are_listed(run_script, pretrained, runs):
     assert alone.startswith(". ") and alone.endswith("  whole")
 
 
+def test_a_run_may_be_called_as_a_checkpoint(run_script, runs):
+    (runs / "one").rename(runs / "step_5")
+    expected = [f"runs/step_5/step_{step:06d}" for step in (6, 12)]
+    assert list(states(run_script(SCRIPT, "runs/step_5"))) == expected
+    assert list(states(run_script(SCRIPT)))[:2] == expected
+
+
+def test_a_checkpoint_without_metadata_is_listed(run_script, runs):
+    (runs / "one" / "step_000012" / "meta.json").unlink()
+    found = states(run_script(SCRIPT, "runs/one", expect=2))
+    assert found == {
+        "runs/one/step_000006": "best, whole",
+        "runs/one/step_000012": "not a checkpoint: it has no meta.json",
+    }
+
+
 def test_corrupt_checkpoints_are_listed_and_fail(run_script, fails, pretrained, tmp_path):
     for name in "abcd":
         shutil.copytree(pretrained, tmp_path / name)
