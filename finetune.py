@@ -23,7 +23,7 @@ from minigpt.cli import UserError, resumable
 from minigpt.dataset import ChatDataset, train_batches, val_batches
 from minigpt.distributed import init_processes, parallelize
 from minigpt.metrics import MetricsLogger
-from minigpt.optim import build_optimizer, get_lr
+from minigpt.optim import build_optimizer
 from minigpt.prefetch import prefetch
 from minigpt.pretrained import PretrainedModel, load_pretrained
 from minigpt.run import Run
@@ -38,7 +38,8 @@ class Config(TrainConfig):
     out: str = resumable("runs/dolly")
     batch_tokens: int = 16_384
     lr: float = 1e-4
-    warmup_fraction: float = 0.05
+    steps: int | None = None
+    """Optimiser steps, instead of --epochs."""
     dropout: float = 0.1
     val_every: int = resumable(50)
     save_every: int = resumable(100)
@@ -46,8 +47,6 @@ class Config(TrainConfig):
     """The initial model: a run, a checkpoint, a Hugging Face GPT-2 folder or hub id, or nanoGPT's ckpt.pt."""
     epochs: float = 3.0
     """Passes over the conversations."""
-    steps: int | None = None
-    """Optimiser steps, instead of --epochs."""
     best_by: Literal["val_loss", "step"] = resumable("val_loss")
     """The best checkpoint, which --checkpoint RUN loads: lowest validation loss, or last step, to recall the data."""
 
@@ -63,7 +62,7 @@ def main(config: Config) -> None:
     data = ChatDataset(config.data, block_size)
     check_tokenizer(config, initial, data)
     steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / batch_size)
-    run = Run(config, data, procs, initial.history, resumed)
+    run = Run(config, data, procs, steps, initial.history, resumed)
 
     model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.adamw_lr)
@@ -89,12 +88,12 @@ def main(config: Config) -> None:
         logger.log_validation(step, validation_loss())
     while not run.stop_requested() and step < steps:
         started = time.perf_counter()
-        lr = get_lr(step, steps, config.lr, config.warmup_fraction, config.schedule, config.decay_fraction)
+        lr = run.schedule.get_lr(step)
         options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch)
         metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1
         logger.log_step(step, metrics, lr, started)
-        save = step % config.save_every == 0 or step == steps
+        save = step % config.save_every == 0 or step in (steps, run.schedule.decay_start)
         if save or step % config.val_every == 0:
             val_metrics = logger.log_validation(step, validation_loss())
         if save:
@@ -112,7 +111,6 @@ def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     training.check_train_config(config)
     cli.check_range("epochs", config.epochs, 0, 10_000, open_low=True)
-    cli.check_range("steps", config.steps, 1)
     if config.steps and config.epochs != Config.epochs:
         raise UserError("--epochs and --steps cannot be combined: give one of them")
 

@@ -30,7 +30,7 @@ from minigpt.distributed import Processes, init_processes, parallelize
 from minigpt.hellaswag import evaluate_hellaswag, load_examples
 from minigpt.inference import make_generator, stream_text
 from minigpt.metrics import MetricsLogger, peak_flops
-from minigpt.optim import build_optimizer, get_lr
+from minigpt.optim import build_optimizer
 from minigpt.prefetch import prefetch
 from minigpt.run import Run
 from minigpt.runs import find_best, list_checkpoints
@@ -46,7 +46,8 @@ class Config(TrainConfig):
     out: str = resumable("runs/gpt2")
     batch_tokens: int = 524_288
     lr: float = 6e-4
-    warmup_fraction: float = 0.04
+    steps: int = 19_073
+    """Optimiser steps, by default 10 billion tokens; with --schedule wsd, they can change until the decay starts."""
     dropout: float = 0.0
     val_every: int = resumable(250)
     save_every: int = resumable(1000)
@@ -60,8 +61,6 @@ class Config(TrainConfig):
     """Width of the model, instead of that of --model."""
     block_size: int | None = None
     """Context length in tokens, instead of that of --model."""
-    steps: int = 19_073
-    """Optimiser steps; the default trains on 10 billion tokens."""
     val_tokens: int = 2_097_152
     """Number of validation tokens, from the start of the split."""
     hellaswag_every: int | None = resumable(None)
@@ -90,7 +89,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         return dry_run(config, data, model_config, batch_size, procs)
     examples = load_examples(config.hellaswag_files, data.tokenizer) if config.hellaswag_every else []
-    run = Run(config, data, procs)
+    run = Run(config, data, procs, config.steps)
     model, optimizer = build_model(config, data, model_config, procs)
     step = run.resume(model, optimizer)
     micro_batch_size = training.choose_micro_batch_size(config, run.saved_flags, model, data, optimizer, procs)
@@ -113,12 +112,12 @@ def main(config: Config) -> None:
         logger.log_validation(step, validation_loss())
     while not run.stop_requested() and step < config.steps:
         started = time.perf_counter()
-        lr = get_lr(step, config.steps, config.lr, config.warmup_fraction, config.schedule, config.decay_fraction)
+        lr = run.schedule.get_lr(step)
         options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch)
         metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1
         logger.log_step(step, metrics, lr, started)
-        save = step % config.save_every == 0 or step == config.steps
+        save = step % config.save_every == 0 or step in (config.steps, run.schedule.decay_start)
         if save or step % config.val_every == 0:
             val_metrics = logger.log_validation(step, validation_loss())
         if config.hellaswag_every and step % config.hellaswag_every == 0:
@@ -140,7 +139,7 @@ def main(config: Config) -> None:
 def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     training.check_train_config(config)
-    for name in ("steps", "val_tokens", "hellaswag_every", "sample_every"):
+    for name in ("val_tokens", "hellaswag_every", "sample_every"):
         cli.check_range(name, getattr(config, name), 1)
     cli.check_range("gpu_dollars_per_hour", config.gpu_dollars_per_hour, 0)
     if config.gpu_dollars_per_hour is not None and not config.dry_run:

@@ -12,7 +12,7 @@ hold tensors only, so loading a checkpoint from elsewhere cannot execute code.
 import itertools
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -141,10 +141,10 @@ def load_optimizer_state_dict(
         optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete a run's checkpoints except the newest `keep` and the best, and temporary folders."""
+def prune(run: Path, keep: int, kept: Collection[Path] = ()) -> None:
+    """Delete a run's checkpoints except the newest `keep`, the best and those in `kept`; also temporary folders."""
     found = list_checkpoints(run)
-    for folder in set(found[:-keep]) - {find_best(run)}:
+    for folder in set(found[:-keep]) - {find_best(run), *kept}:
         discard(folder)
     for leftover in run.glob("step_*.tmp"):
         shutil.rmtree(leftover)

@@ -1,8 +1,9 @@
-"""The optimisers, AdamW and Muon, and the learning-rate schedules."""
+"""The optimisers, AdamW and Muon, and the schedule of the learning rate."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -107,18 +108,36 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.to(matrices.dtype)
 
 
-def get_lr(
-    step: int, steps: int, lr: float, warmup_fraction: float, schedule: str = "cosine", decay_fraction: float = 0.3
-) -> float:
-    """Return the learning rate of a step, counted from 0.
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each step: linear warm-up to `lr`, and then one of two ways down.
 
-    After linear warm-up to `lr`, "cosine" decays to a tenth of it along a cosine; "wsd" (warm-up, stable, decay; Hu et
-    al., 2024) stays constant and decays linearly towards 0 in the last `decay_fraction` of the steps.
+    "cosine" decays to a tenth of `lr` along a cosine. "wsd" (warm-up, stable, decay; Hu et al., "MiniCPM", 2024) stays
+    constant and decays linearly to 0 in the last `decay_fraction` of the steps. Until the decay starts, the learning
+    rate does not depend on the number of steps, which can still change.
     """
-    warmup_steps = max(1, round(warmup_fraction * steps))
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if schedule == "wsd":
-        return lr * min(1.0, (steps - step) / max(1, round(decay_fraction * steps)))
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    name: str
+    lr: float
+    steps: int
+    warmup_steps: int
+    decay_fraction: float
+
+    @property
+    def decay_start(self) -> int:
+        """The number of steps before the decay; 0 for "cosine"."""
+        return self.steps - self.decay_steps if self.name == "wsd" else 0
+
+    @property
+    def decay_steps(self) -> int:
+        """The number of steps with linear decay."""
+        return max(1, round(self.decay_fraction * self.steps))
+
+    def get_lr(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.name == "wsd":
+            return self.lr * min(1.0, (self.steps - step) / self.decay_steps)
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from minigpt.cli import UserError
 from minigpt.dataset import Dataset
 from minigpt.distributed import Processes
 from minigpt.files import lock_folder, write_file
+from minigpt.optim import Schedule
 from model import GPT, GPTConfig
 
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
+STEPS_FLAGS = ("steps", "epochs", "decay_fraction")  # decide the number of steps with a learning rate below the peak
 RUN_FILES = ("log.jsonl", "log.jsonl.tmp", ".lock", "tensorboard", "wandb")  # besides the checkpoints
 
 
@@ -30,11 +32,13 @@ class Run:
         config: the script's flags. Together with the data they define the run, except those declared `resumable`.
         data: the training data.
         procs: the processes that train.
+        steps: the number of steps, for the schedule of the learning rate.
         history: earlier training runs of the initial model, see `PretrainedModel`.
         newest_checkpoint: the checkpoint to resume from, if it is already verified.
 
     Attributes:
         newest_checkpoint: the checkpoint to resume from; None for a new run.
+        schedule: the learning rate of each step.
         saved_flags: the flags in that checkpoint; {} for a new run.
 
     Raises:
@@ -46,6 +50,7 @@ class Run:
         config: Any,
         data: Dataset,
         procs: Processes,
+        steps: int,
         history: Sequence[dict] = (),
         newest_checkpoint: Path | None = None,
     ):
@@ -72,13 +77,39 @@ class Run:
         self.stop_reason, self.started, self.signal_time = "", time.monotonic(), 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        warmup_steps = round(0.04 * steps) if config.warmup_steps is None else config.warmup_steps
+        self.schedule = Schedule(config.schedule, config.lr, steps, warmup_steps, config.decay_fraction)
         self.saved_flags: dict = {}
         if self.newest_checkpoint is not None:
             meta = runs.read_meta(self.newest_checkpoint)
-            self._check_same(meta["identity"], self.identity)
+            self._check_identity(meta)
             self.saved_flags, self.history = meta["config"], meta["history"]
 
-    def _check_same(self, saved: dict, current: dict) -> None:
+    def _check_identity(self, meta: dict) -> None:
+        """Raise `UserError` if the run of a checkpoint differs from this one.
+
+        The number of steps may differ if the decay of the learning rate has started in neither: the training so far
+        does not depend on it. The warm-up stays as it was.
+        """
+        saved, step = meta.get("schedule"), meta["step"]
+        if saved is None:  # of an earlier version, or written by hand
+            return self._check_same(meta["identity"], self.identity)
+        saved = Schedule(*(saved[field.name] for field in fields(Schedule)))
+        if not 0 <= saved.decay_fraction <= 1:
+            raise UserError(f"{self.newest_checkpoint}/meta.json is corrupt: decay_fraction is {saved.decay_fraction}")
+        decay_start = min(saved.decay_start, self.schedule.decay_start)
+        same, hint = {}, ""
+        if step <= decay_start:
+            same = {name: meta["identity"].get(name) for name in STEPS_FLAGS if name in self.identity}
+            self.schedule = replace(self.schedule, warmup_steps=saved.warmup_steps)
+        elif saved.name == "wsd" and saved.steps != self.schedule.steps:
+            hint = (
+                f" (steps can change until the decay starts: to continue from step {saved.decay_start:,}, copy that"
+                " checkpoint into a new run folder)"
+            )
+        self._check_same(meta["identity"], self.identity | same, hint)
+
+    def _check_same(self, saved: dict, current: dict, hint: str = "") -> None:
         """Raise `UserError` if the saved run differs from the current one."""
         if ("init" in saved) != ("init" in current):
             raise UserError(f"{self.folder} is a run of the other training script: choose another --out")
@@ -87,7 +118,7 @@ class Run:
             changes = ", ".join(f"{name} was {saved.get(name)} and is now {current.get(name)}" for name in names)
             raise UserError(
                 f"{self.folder} holds a different run: {changes}; use the old values to resume it, or another --out to"
-                " start a new run"
+                f" start a new run{hint}"
             )
 
     def resume(self, model: GPT, optimizer: torch.optim.Optimizer) -> int:
@@ -106,7 +137,7 @@ class Run:
         if self.procs.is_main:
             if self.newest_checkpoint is not None:
                 checkpoint.set_aside(self.folder, self.newest_checkpoint)
-                checkpoint.prune(self.folder, self.config.keep)  # completes a deletion that was interrupted
+                self._prune()  # completes a deletion that was interrupted
             self._truncate_log(-1 if step is None else step)
         return step or 0
 
@@ -124,14 +155,20 @@ class Run:
                 "metrics": metrics,
                 "identity": self.identity,
                 "config": asdict(self.config),
+                "schedule": asdict(self.schedule),
                 "source": self.source,
                 "history": self.history,
             }
             folder = self.folder / f"step_{step:06d}"
             train_state = checkpoint.optimizer_state_dict(model, optimizer)
             checkpoint.save(folder, model, self.tokenizer, train_state, meta)
-            checkpoint.prune(self.folder, self.config.keep)
+            self._prune()
         self.procs.barrier()
+
+    def _prune(self) -> None:
+        """Delete old checkpoints, except the last one before the decay, from which a longer run can continue."""
+        kept = self.folder / f"step_{self.schedule.decay_start:06d}"
+        checkpoint.prune(self.folder, self.config.keep, {kept})
 
     def stop_requested(self) -> bool:
         """Return whether any process received a signal or reached --max_minutes; then all stop after the same step."""

@@ -20,6 +20,7 @@ RUNS = Path("runs")
 METRICS = {str: (float, None)}
 FLAGS = {"batch_tokens": (int, None), "micro_batch_size": (int, None)}
 TRAINING = {"source": (SOURCE, str), "step": (int, None), "metrics": (METRICS, None), "config": (FLAGS, None)}
+SCHEDULE = {"name": str, "lr": float, "steps": int, "warmup_steps": int, "decay_fraction": float}
 CHECKPOINT = {  # of a checkpoint's meta.json; see `has_shape`
     "step": int,
     "metrics": METRICS,
@@ -30,6 +31,7 @@ CHECKPOINT = {  # of a checkpoint's meta.json; see `has_shape`
     "config": FLAGS,
     "source": SOURCE,
     "history": [TRAINING],
+    "schedule": (SCHEDULE, None),
 }
 LOG_ROW = {"step": int, "tokens": int}
 LOG_ROW |= dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_s", "mfu"), (float, None))

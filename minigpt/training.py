@@ -30,8 +30,8 @@ class TrainConfig:
     """Tokens per step over all processes, with padding."""
     lr: float
     """The peak learning rate."""
-    warmup_fraction: float
-    """Fraction of the steps with linear warm-up of the learning rate."""
+    steps: int | None
+    """Optimiser steps. With --schedule wsd, they can change on resume until the decay starts."""
     dropout: float
     """Dropout probability."""
     val_every: int
@@ -44,10 +44,12 @@ class TrainConfig:
     """Rows per forward pass; default: as in the resumed run, else the most that fit, on a CPU about 4,096 tokens."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others."""
+    warmup_steps: int | None = None
+    """Steps with linear warm-up of the learning rate; default: 4 % of the steps, as planned at the first start."""
     adamw_lr: float | None = None
     """With --optimizer muon: the peak learning rate of what AdamW trains; default: that of --lr."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Learning rate after the warm-up: a cosine down to a tenth, or constant and then a linear decay to 0."""
+    """Learning rate after the warm-up: a cosine down to a tenth, or constant, then a linear decay to 0 (wsd)."""
     decay_fraction: float = 0.3
     """With --schedule wsd: fraction of the steps with linear decay."""
     weight_decay: float = 0.1
@@ -77,7 +79,8 @@ def check_train_config(config: TrainConfig) -> None:
     for name in ("batch_tokens", "micro_batch_size", "val_every", "save_every", "keep"):
         check_range(name, getattr(config, name), 1)
     check_range("lr", config.lr, 0, 1, open_low=True)
-    check_range("warmup_fraction", config.warmup_fraction, 0, 1)
+    check_range("steps", config.steps, 1)
+    check_range("warmup_steps", config.warmup_steps, 0)
     check_range("weight_decay", config.weight_decay, 0)
     check_range("adamw_lr", config.adamw_lr, 0, 1, open_low=True)
     check_range("decay_fraction", config.decay_fraction, 0, 1)

@@ -57,7 +57,7 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
     assert f"next: python {ROOT}/generate.py --checkpoint runs/mine --prompt 'Once upon a time'\n" in done.stdout
 
 
-MUON = ("--optimizer", "muon", "--adamw_lr", 1e-3, "--schedule", "wsd")
+MUON = ("--optimizer", "muon", "--adamw_lr", 1e-3, "--schedule", "wsd", "--decay_fraction", 0.5)
 
 
 @pytest.mark.parametrize("flags", [(), ("--dropout", 0.2), MUON])
@@ -77,6 +77,25 @@ def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, flags):
     timeless = [[{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in read_log(run)]
                 for run in (whole, broken)]  # fmt: skip
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize(("steps", "decay_start"), [(16, 8), (8, 4)])
+def test_a_changed_number_of_steps_gives_the_run_that_was_planned_so(
+    run_script, text_data, tmp_path, steps, decay_start
+):
+    """A run of 12 steps, whose decay starts at step 6, becomes longer or shorter."""
+    args = ("pretrain.py", "--data", text_data, *TRAIN[:2], *TRAIN[4:], *MUON)
+    args = (*args, "--warmup_steps", 2, "--val_every", 4, "--save_every", 4, "--keep", 9)
+    run_script(*args, "--steps", 12, "--out", "./first")
+    run_script(*args, "--steps", steps, "--out", "./planned")
+    assert (tmp_path / "planned" / f"step_{decay_start:06d}").exists()
+    begin = min(6, decay_start)
+    shutil.copytree(tmp_path / "first" / f"step_{begin:06d}", tmp_path / "changed" / f"step_{begin:06d}")
+    done = run_script(*args, "--steps", steps, "--out", "./changed")
+    assert f"{steps} steps, {begin} completed" in done.stdout
+    for file in ("model.safetensors", "train_state.safetensors"):
+        ends = [(tmp_path / run / f"step_{steps:06d}" / file).read_bytes() for run in ("planned", "changed")]
+        assert ends[0] == ends[1]
 
 
 def test_a_crash_before_the_first_checkpoint_starts_again(run_script, text_data, tmp_path):
@@ -171,7 +190,9 @@ def test_bfloat16_trains(run_script, text_data, pretrained, tmp_path):
         (("--batch_tokens", 1000), "--batch_tokens 1000 is not a multiple of 512"),
         (("--lr", 0), "--lr is 0.0: it must be above 0"),
         (("--lr", "nan"), "--lr is nan"),
-        (("--warmup_fraction", 1.5), "--warmup_fraction is 1.5"),
+        (("--warmup_steps", -1), "--warmup_steps is -1"),
+        (("--adamw_lr", 1e-3), "--adamw_lr is for --optimizer muon"),
+        (("--decay_fraction", 1.5), "--decay_fraction is 1.5"),
         (("--dropout", -0.1), "--dropout is -0.1"),
         (("--weight_decay", -1), "--weight_decay is -1"),
         (("--grad_clip", 0), "--grad_clip is 0"),

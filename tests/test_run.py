@@ -32,6 +32,10 @@ MODEL = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)
 class Flags:
     out: str = resumable()
     lr: float = 1e-3
+    steps: int = 10
+    schedule: str = "cosine"
+    warmup_steps: int | None = None
+    decay_fraction: float = 0.5
     keep: int = resumable(2)
     val_every: int = resumable(5)
     max_minutes: float | None = resumable(None)
@@ -56,7 +60,7 @@ def flags(tmp_path) -> Flags:
 
 def open_run(flags: Flags, model_config: GPTConfig = MODEL, data=DATA) -> tuple[Run, GPT, torch.optim.Optimizer, int]:
     """Open a run as the training scripts do; return it with model, optimiser and completed steps."""
-    run, model = Run(flags, data, SINGLE), GPT(model_config)
+    run, model = Run(flags, data, SINGLE, flags.steps), GPT(model_config)
     optimizer = build_optimizer(model, 1e-3, 0.1)
     return run, model, optimizer, run.resume(model, optimizer)
 
@@ -145,8 +149,52 @@ def test_resumed_run_keeps_its_history(flags):
     """A resumed finetuning loads its own checkpoint, whose history includes this training already."""
     _, model, optimizer, _ = open_run(flags)
     history = [{"source": "gpt2"}]
-    Run(flags, DATA, SINGLE, history).save(3, model, optimizer, {})
-    assert Run(flags, DATA, SINGLE, [*history, {"source": "itself"}]).history == history
+    Run(flags, DATA, SINGLE, 10, history).save(3, model, optimizer, {})
+    assert Run(flags, DATA, SINGLE, 10, [*history, {"source": "itself"}]).history == history
+
+
+def test_steps_can_change_until_the_decay_starts(flags):
+    """The decay of a run of 10 steps starts at step 5, of one of 20 at step 10. The warm-up stays as planned."""
+    flags = replace(flags, schedule="wsd", warmup_steps=None, steps=100)
+    run, model, optimizer, _ = open_run(flags)
+    run.save(5, model, optimizer, {})
+    longer = replace(flags, steps=2000)
+    assert open_run(longer)[0].schedule.warmup_steps == 4 and run.schedule.warmup_steps == 4
+    open_run(replace(flags, steps=10))[0].save(6, model, optimizer, {})
+    with pytest.raises(UserError, match=r"steps was 10 and is now 20; .* \(steps can change .* step 5, copy that"):
+        open_run(replace(flags, steps=20))
+    open_run(replace(flags, steps=10))
+
+
+def test_steps_cannot_become_too_few_for_the_decay(flags):
+    run, model, optimizer, _ = open_run(replace(flags, schedule="wsd", steps=100))
+    run.save(30, model, optimizer, {})
+    with pytest.raises(UserError, match="steps was 100 and is now 40"):
+        open_run(replace(flags, schedule="wsd", steps=40))
+    assert open_run(replace(flags, schedule="wsd", steps=60))[3] == 30
+
+
+def test_a_hostile_schedule_is_one_line(flags):
+    run, model, optimizer, _ = open_run(flags)
+    run.save(1, model, optimizer, {})
+    schedule = {"name": "wsd", "lr": 1.0, "steps": 10, "warmup_steps": 0, "decay_fraction": float("nan"), "other": 1}
+    edit_manifest(run.folder / "step_000001" / "meta.json", schedule=schedule)
+    with pytest.raises(UserError, match=r"meta\.json is corrupt: decay_fraction is nan"):
+        open_run(flags)
+
+
+def test_steps_of_a_cosine_cannot_change(flags):
+    run, model, optimizer, _ = open_run(flags)
+    run.save(1, model, optimizer, {})
+    with pytest.raises(UserError, match=r"steps was 10 and is now 11; use the old values .* start a new run$"):
+        open_run(replace(flags, steps=11))
+
+
+def test_the_last_checkpoint_before_the_decay_is_kept(flags):
+    run, model, optimizer, _ = open_run(replace(flags, schedule="wsd", keep=1))
+    for step in range(1, 11):
+        run.save(step, model, optimizer, {"val_loss": 1 / step})
+    assert [folder.name for folder in runs.list_checkpoints(run.folder)] == ["step_000005", "step_000010"]
 
 
 def test_a_resumed_run_completes_an_interrupted_deletion(flags):

@@ -18,7 +18,7 @@ from minigpt import distributed
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
-from minigpt.optim import build_optimizer, get_lr, orthogonalize
+from minigpt.optim import Schedule, build_optimizer, orthogonalize
 from minigpt.training import (
     choose_micro_batch_size,
     find_max_micro_batch_size,
@@ -184,22 +184,24 @@ def test_the_learning_rates_keep_their_ratio():
 
 def test_wsd_schedule():
     """Up in a straight line, constant, down to zero in a straight line."""
-    rates = [get_lr(step, 100, 1.0, 0.1, "wsd", 0.4) for step in range(100)]
+    schedule = Schedule("wsd", 1.0, 100, 10, 0.4)
+    rates = [schedule.get_lr(step) for step in range(100)]
+    assert schedule.decay_start == 60
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(rates[10:61]) == {1.0}
     assert rates[60:] == pytest.approx([1 - i / 40 for i in range(40)])
-    assert [get_lr(step, 4, 1.0, 0.0, "wsd", 0.0) for step in range(4)] == [1.0] * 4
+    assert [Schedule("wsd", 1.0, 4, 0, 0.0).get_lr(step) for step in range(4)] == [1.0] * 4
 
 
 def test_schedule():
     """Up in a straight line, a cosine down to a tenth, never above the highest and never zero."""
-    rates = [get_lr(step, 100, 1e-3, 0.1) for step in range(100)]
+    rates = [Schedule("cosine", 1e-3, 100, 10, 0.3).get_lr(step) for step in range(100)]
     assert rates[:10] == pytest.approx([1e-4 * (i + 1) for i in range(10)])
     assert max(rates) == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
     assert rates[55] == pytest.approx(0.55e-3)  # half of the way down: the mean of 1 and 0.1
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(1e-4, rel=0.01)
-    assert get_lr(0, 1, 1e-3, 0.0) == 1e-3
+    assert Schedule("cosine", 1e-3, 1, 0, 0.3).get_lr(0) == 1e-3
 
 
 def test_batch_rows():
