@@ -40,7 +40,7 @@ from minigpt import cli
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, parallelize, tune_malloc
-from minigpt.files import name_in_errors
+from minigpt.files import write_file
 from minigpt.hf import config_to_hf
 from minigpt.inference import generate_tokens, optimize_for_inference
 from minigpt.metrics import min_seconds, peak_flops
@@ -95,7 +95,7 @@ def main(config: Config) -> None:
     if config.stage != "tokenize" and not importlib.util.find_spec("transformers"):
         raise UserError("bench.py needs transformers: pip install -r requirements-dev.txt")
     if config.json is not None:
-        config.json.write_text("")  # a path that cannot be written fails before the work
+        write_file(config.json, "")  # a path that cannot be written fails before the work
     if device.type == "cpu":
         tune_malloc()
     print(f"{'':<42} {'value':>12} {'':<10} {'spread':>6} {'of peak':>8}   vs. peer")
@@ -104,8 +104,7 @@ def main(config: Config) -> None:
         print(row, flush=True)
         rows.append(row)
     if config.json is not None:
-        with name_in_errors(config.json):
-            config.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        write_file(config.json, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
 def run_stages(config: Config, procs: Processes) -> Iterator[Row]:

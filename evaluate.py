@@ -91,7 +91,9 @@ def check_config(config: Config) -> None:
     if not config.hellaswag and (config.hellaswag_files or config.max_examples):
         raise UserError("--no_hellaswag cannot be combined with --hellaswag_files or --max_examples")
     if config.json is not None:
-        config.json.open("a").close()  # fails now rather than at the end
+        with open(config.json, "a") as file:  # fails now rather than at the end
+            if not file.seekable():
+                raise UserError(f"--json {config.json} is not a regular file: name a file to append to")
 
 
 def open_datasets(config: Config, loaded: PretrainedModel, procs: Processes) -> Iterator[Dataset]:

@@ -62,7 +62,7 @@ def main(config: Config) -> None:
     data = ChatDataset(config.data, block_size)
     check_tokenizer(config, initial, data)
     steps = config.steps or math.ceil(config.epochs * data.n_rows["train"] / batch_size)
-    run = Run(config, data, procs, steps, initial.history, resumed)
+    run = Run(config, data, procs, training.build_schedule(config, steps), initial.history, resumed)
 
     model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.adamw_lr)
@@ -75,6 +75,7 @@ def main(config: Config) -> None:
         epochs = steps * batch_size / data.n_rows["train"]
         print(f"run        {run.folder}: {steps:,} steps, {epochs:.2f} epochs, {step:,} completed")
         training.print_model_and_batch(config, initial.source, model, procs, batch_size)
+        print(f"lr         {run.schedule}")
     sizes = (batch_size, micro_batch_size, procs.rank, procs.world_size)
     batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, steps))
     bytes_per_token = data.count_val_bytes(data.n_rows["val"]) / data.meta["val"]["loss_tokens"]

@@ -306,7 +306,8 @@ def print_summary(config: Config, meta: dict, run: tuple[Path, dict] | None) -> 
     if run is None:
         tokenizer = "" if config.tokenizer == Config.tokenizer else f" --tokenizer {shlex.quote(config.tokenizer)}"
         command = f"python {cli.script_path('prepare_fineweb.py')}{tokenizer}"
-        print(f"next: pretrain a model with this tokenizer first: {command}")
+        print("no run has this tokenizer: pretrain a model with it first, or prepare again with that of a run")
+        print(f"next: {command}")
         return
     folder, model = run
     command = f"python {cli.script_path('finetune.py')}"
@@ -323,11 +324,11 @@ def print_summary(config: Config, meta: dict, run: tuple[Path, dict] | None) -> 
 def suggest_finetuning(n_conversations: int, n_tokens: int, model: dict, on_gpu: bool) -> str:
     """Return flags of finetune.py that suit the training split, the model's sizes and the device; "" for its defaults.
 
-    Small batches and more epochs give a few conversations about 300 steps, but at most 30 epochs.
+    Small batches and more epochs give a few conversations about 300 steps, but at most 30 epochs of at least 8 steps.
     """
     flags = []
     if n_conversations < 2000 or not on_gpu:
-        batch_tokens = max(1, 4096 // model["block_size"]) * model["block_size"]
+        batch_tokens = max(1, min(4096, n_tokens // 8) // model["block_size"]) * model["block_size"]
         epochs = min(max(3, round(300 * batch_tokens / n_tokens)), 30)
         flags += [f"--batch_tokens {batch_tokens}", f"--epochs {epochs}"]
     if model["n_embd"] < 512:

@@ -89,7 +89,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         return dry_run(config, data, model_config, batch_size, procs)
     examples = load_examples(config.hellaswag_files, data.tokenizer) if config.hellaswag_every else []
-    run = Run(config, data, procs, config.steps)
+    run = Run(config, data, procs, training.build_schedule(config, config.steps))
     model, optimizer = build_model(config, data, model_config, procs)
     step = run.resume(model, optimizer)
     micro_batch_size = training.choose_micro_batch_size(config, run.saved_flags, model, data, optimizer, procs)
@@ -98,6 +98,7 @@ def main(config: Config) -> None:
     if procs.is_main:
         print(f"run        {run.folder}: {config.steps:,} steps, {step:,} completed")
         print_summary(config, data, model, batch_size, procs)
+        print(f"lr         {run.schedule}")
     sizes = (batch_size, micro_batch_size, procs.rank, procs.world_size)
     batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, config.steps))
     val_rows = min(data.n_rows["val"], max(1, config.val_tokens // block_size))
@@ -237,8 +238,9 @@ def print_estimate(config: Config, model: GPT, step_seconds: float, procs: Proce
     disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free
     size = 12 * sum(parameter.numel() for parameter in model.parameters())  # weights and two averages, in float32
-    # The kept checkpoints, the best, and the one being written, less those that exist.
-    need = max(0, config.keep + 2 - len(list_checkpoints(folder))) * size
+    # The kept checkpoints, the best, that before the decay, and the one being written, less those that exist.
+    n_kept = config.keep + (3 if config.schedule == "wsd" else 2)
+    need = max(0, n_kept - len(list_checkpoints(folder))) * size
     price = (config.gpu_dollars_per_hour or 0) * procs.world_size
     cost = f", ${duration.total_seconds() / 3600 * price:,.2f} at ${price:g} per hour" if price else ""
     print(f"memory     {procs.peak_memory():.0%} of the device's memory at peak, per process")

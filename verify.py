@@ -17,15 +17,16 @@ import tyro
 
 from minigpt import cli
 from minigpt.cli import Progress, UserError
-from minigpt.files import sha256
+from minigpt.files import read_json, sha256
 from minigpt.runs import find_best, list_checkpoints, list_steps, read_val_loss, verify
 from minigpt.shards import SPLITS, open_arrays, read_meta
+from minigpt.tokenizer import TOKENIZER_FILE, read_tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
     paths: tyro.conf.Positional[tuple[str, ...]] = ("runs",)
-    """Runs, folders of runs, checkpoints, dataset folders."""
+    """Runs, checkpoints, dataset folders, vocabularies, and folders of these."""
 
 
 def main(config: Config) -> None:
@@ -60,13 +61,21 @@ def find_folders(path: Path) -> list[Path]:
     """Return the checkpoints and dataset folders of a path. Raises `UserError` if there are none."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run, a folder of runs, a checkpoint or a dataset folder")
-    runs = [run for run in (path, *sorted(path.iterdir())) if list_checkpoints(run)]
-    if not runs and (is_checkpoint(path) or (path / "meta.json").exists()):
+    if (path / "meta.json").exists() or (path / "train_state.safetensors").exists():
         return [path]
-    found = [step for run in runs for step in list_steps(run) if step.is_dir()]  # also without meta.json
+    if any(step.is_dir() and not list_steps(step) for step in list_steps(path)):  # a run, not a folder of runs
+        return list_folders(path)
+    found = [folder for item in sorted(path.iterdir()) for folder in list_folders(item)]
+    if not found and is_checkpoint(path):
+        return [path]
     if not found:
         raise UserError(f"{path} holds no checkpoints and no meta.json: there are no checksums to compare")
     return found
+
+
+def list_folders(item: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, also of those without meta.json, or a dataset folder."""
+    return [item] if (item / "meta.json").is_file() else [step for step in list_steps(item) if step.is_dir()]
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -74,7 +83,13 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def verify_dataset(folder: Path, progress: Progress) -> None:
-    """Compare every file of a dataset folder with its length and checksum. Raises `UserError` if one is corrupt."""
+    """Compare every file of a dataset folder with its length and checksum. Raises `UserError` if one is corrupt.
+
+    A vocabulary of prepare_tokenizer.py has no checksums: it is read.
+    """
+    if read_json(folder / "meta.json").get("kind") == "tokenizer":
+        read_tokenizer(folder / TOKENIZER_FILE)
+        return
     meta = read_meta(folder)
     open_arrays(folder, meta)
     for entry in [entry for split in SPLITS for entry in meta[split]["files"]]:

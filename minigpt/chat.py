@@ -113,12 +113,12 @@ def encode_chat(
     first = int(roles[:1] == ["system"])
     generation_prompt = [tokenizer.role_tokens["assistant"]] if add_generation_prompt else []
     excess = 1 + sum(map(len, turns)) + len(generation_prompt) - (max_length or math.inf)
-    kept = first
+    begin = first
     for i in range(first + 1, len(turns)):
         if excess > 0 and roles[i] == "user":  # the next exchange starts here: drop the one before it
-            excess -= sum(map(len, turns[kept:i]))
-            kept = i
-    del turns[first:kept], roles[first:kept]
+            excess -= sum(map(len, turns[begin:i]))
+            begin = i
+    del turns[first:begin], roles[first:begin]
     if excess > 0 and "user" in roles:
         question = turns[roles.index("user", first)]
         n_cut = max(0, min(excess, len(question) - 3))  # keep the role, one token and the end of the turn

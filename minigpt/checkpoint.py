@@ -141,10 +141,10 @@ def load_optimizer_state_dict(
         optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
 
 
-def prune(run: Path, keep: int, kept: Collection[Path] = ()) -> None:
-    """Delete a run's checkpoints except the newest `keep`, the best and those in `kept`; also temporary folders."""
+def prune(run: Path, keep: int, protected: Collection[Path] = ()) -> None:
+    """Delete a run's checkpoints except the newest `keep`, the best and `protected` ones; also temporary folders."""
     found = list_checkpoints(run)
-    for folder in set(found[:-keep]) - {find_best(run), *kept}:
+    for folder in set(found[:-keep]) - {find_best(run), *protected}:
         discard(folder)
     for leftover in run.glob("step_*.tmp"):
         shutil.rmtree(leftover)

@@ -122,9 +122,9 @@ def strip_control_chars(text: str) -> str:
     return text.translate(CONTROL_CHARS)
 
 
-def plural(n: int, noun: str) -> str:
-    """Return "1 shard" or "2 shards"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def plural(n: int, noun: str, nouns: str = "") -> str:
+    """Return "1 shard" or "2 shards"; `nouns` is an irregular plural."""
+    return f"{n:,} {noun if n == 1 else nouns or f'{noun}s'}"
 
 
 def check_range(name: str, value: float | None, low: float, high: float = math.inf, open_low: bool = False) -> None:

@@ -61,16 +61,16 @@ class Processes:
         return all(other == value for other in values)
 
     def call_on_main(self, function: Callable, *args: Any) -> Any:
-        """Return the result of a call by the main process alone; if it raises `UserError`, all processes raise it."""
+        """Call a function on the main process and return its result on all. All processes raise its user errors."""
         results: list = [None]
         if self.is_main:
             try:
                 results = [function(*args)]
-            except UserError as error:
+            except (UserError, OSError) as error:
                 results = [error]
         if self.world_size > 1:
             dist.broadcast_object_list(results)
-        if isinstance(results[0], UserError):
+        if isinstance(results[0], Exception):
             raise results[0]
         return results[0]
 
@@ -118,14 +118,14 @@ def init_processes(device: str | None, dtype: str | None, deterministic: bool = 
     elif found.type == "cpu":
         tune_malloc()
     if world_size > 1:
-        store = meet_processes(rank, world_size)
+        store = rendezvous(rank, world_size)
         backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Processes(rank, world_size, found, find_dtype(dtype, found))
 
 
-def meet_processes(rank: int, world_size: int) -> dist.Store:
-    """Wait until all processes have started; return the store by which they find each other.
+def rendezvous(rank: int, world_size: int) -> dist.Store:
+    """Wait until all processes have started; return their shared key-value store.
 
     Raises `UserError` after `START_TIMEOUT`. The process group by itself would wait for half an hour.
     """
@@ -137,10 +137,10 @@ def meet_processes(rank: int, world_size: int) -> dist.Store:
         store.set(f"started_{rank}", "")
         store.wait([f"started_{other}" for other in range(world_size)], START_TIMEOUT)
     except dist.DistError as error:
-        reason = str(error).splitlines()[0]
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"the {world_size} processes did not all start within {START_TIMEOUT.total_seconds():g} seconds; is"
-            f" torchrun still running on every machine? ({reason})"
+            f"the {world_size} processes did not find each other at {address} (they wait for"
+            f" {START_TIMEOUT.total_seconds():g} seconds): {str(error).splitlines()[0]}"
         ) from None
     return store
 

@@ -39,6 +39,8 @@ def atomic_rename(temporary: Path, path: Path) -> None:
 
 def write_file(path: Path, parts: str | Iterable[bytes]) -> None:
     """Write a file atomically. If that fails, as on a full disk, no part of it is left."""
+    if path.exists():
+        check_regular(path)  # replacing a device such as /dev/stdout would break it
     temporary = path.with_name(path.name + ".tmp")
     with name_in_errors(path):
         try:
@@ -52,7 +54,7 @@ def write_file(path: Path, parts: str | Iterable[bytes]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file. If that fails, as on a full disk, the file is as before."""
+    """Append a line to a file. If that fails, as on a full disk, the file is unchanged."""
     with name_in_errors(path), open(path, "a+b", buffering=0) as file:
         size, data = file.tell(), line.encode() + b"\n"
         if size:
@@ -68,7 +70,7 @@ def append_line(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Let an `OSError` in a `with` block name a file: Python names it only if it cannot be opened."""
+    """Set the file name of an `OSError` from a `with` block; Python sets it only if opening fails."""
     try:
         yield
     except OSError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minigpt.cli import Progress, UserError
 from minigpt.distributed import Processes
-from minigpt.sources import FileSource, HubSource, find_files
+from minigpt.sources import FileSource, HubSource, NetworkError, find_files
 from minigpt.tokenizer import Tokenizer
 from model import GPT, IGNORE_INDEX, eval_mode
 
@@ -49,7 +49,11 @@ def load_examples(
     if files:
         records = FileSource(find_files(files, (".jsonl", ".parquet"), "--hellaswag_files"), text_field=None).records()
     else:
-        records = HubSource("Rowan/hellaswag", None, split="validation").records()
+        try:
+            records = HubSource("Rowan/hellaswag", None, split="validation").records()
+        except NetworkError as error:
+            reason = str(error).removesuffix("use --files")
+            raise UserError(f"{reason}give --hellaswag_files; evaluate.py can omit it (--no_hellaswag)") from None
     examples = [parse_example(location, record, tokenizer) for location, record in islice(records, max_examples)]
     if not examples:
         raise UserError("HellaSwag has no examples: the files are empty")

@@ -28,13 +28,14 @@ def build_optimizer(
         name: "adamw" or "muon".
         adamw_lr: with Muon, the learning rate of the parameters that AdamW trains; default: `lr`.
     """
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    embeddings = [model.wte.weight, model.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms
     options = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     if name == "adamw":
-        groups = [{"params": matrices + embeddings, "weight_decay": weight_decay}, {"params": vectors}]
+        decayed = [p for p in model.parameters() if p.dim() >= 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors}]
         return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, **options)
+    matrices = [p for p in model.h.parameters() if p.dim() >= 2]
+    embeddings = [model.wte.weight, model.wpe.weight]
     groups = [
         {"params": matrices, "weight_decay": weight_decay, "is_muon": True},
         {"params": embeddings + vectors, "lr_ratio": (adamw_lr or lr) / lr},
@@ -51,7 +52,7 @@ class Muon(torch.optim.AdamW):
     matrices of all shapes. `found_inf`, a tensor, is as for fused AdamW: 1 leaves weights and momentum unchanged.
 
     Args:
-        n_splits: the number of matrices that are stacked along the first dimension of a parameter; default: 1.
+        n_splits: maps a parameter to the number of matrices stacked along its first dimension; default: 1.
     """
 
     def __init__(self, groups: Iterable[dict], n_splits: dict[nn.Parameter, int], **options):
@@ -73,7 +74,7 @@ class Muon(torch.optim.AdamW):
 
     def _update(self, matrices: Sequence[nn.Parameter], n_splits: int, lr: float, weight_decay: float) -> None:
         """Update matrices of equal shape."""
-        # Without a host sync: if the step is skipped, gradients count as 0 and all factors become those of no change.
+        # A skipped step (applied = 0) leaves weights and momentum unchanged, without a host sync.
         applied = 1 - getattr(self, "found_inf", torch.zeros((), device=matrices[0].device))
         directions = []
         for p in matrices:
@@ -110,11 +111,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step: linear warm-up to `lr`, and then one of two ways down.
+    """The learning rate of each step: linear warmup to `lr`, then a cosine, or a constant rate with a final decay.
 
-    "cosine" decays to a tenth of `lr` along a cosine. "wsd" (warm-up, stable, decay; Hu et al., "MiniCPM", 2024) stays
-    constant and decays linearly to 0 in the last `decay_fraction` of the steps. Until the decay starts, the learning
-    rate does not depend on the number of steps, which can still change.
+    "cosine" decays to a tenth of `lr` along a cosine. "wsd" (warmup, stable, decay; Hu et al., "MiniCPM", 2024) stays
+    constant and decays linearly to 0 in the last `decay_fraction` of the steps. The learning rate before the decay does
+    not depend on the number of steps, so it can change until then.
     """
 
     name: str
@@ -122,6 +123,10 @@ class Schedule:
     steps: int
     warmup_steps: int
     decay_fraction: float
+
+    def __str__(self) -> str:
+        decay_start = self.decay_start or self.warmup_steps
+        return f"peak {self.lr:g} after {self.warmup_steps:,} steps, {self.name} decay from step {decay_start:,}"
 
     @property
     def decay_start(self) -> int:

@@ -69,7 +69,7 @@ def load_checkpoint(folder: Path) -> PretrainedModel:
         others = (other for other in reversed(list_checkpoints(folder.parent)) if other != folder and is_whole(other))
         other = next(others, None)
         raise UserError(f"{error}; use {other} instead, which is whole" if other else str(error)) from None
-    history = [*meta["history"], {key: meta.get(key) for key in ("source", "step", "metrics", "config")}]
+    history = [*meta["history"], {key: meta.get(key) for key in ("source", "step", "metrics", "config", "schedule")}]
     return from_parts(model, tokenizer, str(folder), history)
 
 

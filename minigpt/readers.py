@@ -19,7 +19,7 @@ RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")  # all other
 MAX_RECORD_BYTES = 100_000_000  # of a line of JSON; a small archive can hold a line that fills the memory
 MAX_JSON_BYTES = 2_000_000_000  # of a .json file, which is read into memory whole
 MAX_FIELD_CHARS = 100_000_000  # limits a CSV field: a missing quote makes the rest of the file one field
-BATCH_ROWS = 16  # of a Parquet file, decoded at a time: a file of some bytes can hold rows of megabytes
+BATCH_ROWS = 16  # of a Parquet file, decoded at a time: a small file can hold rows of megabytes
 DOCUMENT_CHARS = (1024, 16_384)  # shortest and longest target length when text files are cut into documents
 
 

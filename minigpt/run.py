@@ -1,6 +1,7 @@
 """A run folder: its lock, its identity, resuming, signals and saving."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from minigpt.optim import Schedule
 from model import GPT, GPTConfig
 
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
-STEPS_FLAGS = ("steps", "epochs", "decay_fraction")  # decide the number of steps with a learning rate below the peak
+STEPS_FLAGS = ("steps", "epochs", "decay_fraction")  # may change until the decay starts
 RUN_FILES = ("log.jsonl", "log.jsonl.tmp", ".lock", "tensorboard", "wandb")  # besides the checkpoints
 
 
@@ -32,13 +33,13 @@ class Run:
         config: the script's flags. Together with the data they define the run, except those declared `resumable`.
         data: the training data.
         procs: the processes that train.
-        steps: the number of steps, for the schedule of the learning rate.
+        schedule: the learning rate of each step, for a new run.
         history: earlier training runs of the initial model, see `PretrainedModel`.
         newest_checkpoint: the checkpoint to resume from, if it is already verified.
 
     Attributes:
         newest_checkpoint: the checkpoint to resume from; None for a new run.
-        schedule: the learning rate of each step.
+        schedule: the learning rate of each step; a resumed run continues its warmup.
         saved_flags: the flags in that checkpoint; {} for a new run.
 
     Raises:
@@ -50,26 +51,21 @@ class Run:
         config: Any,
         data: Dataset,
         procs: Processes,
-        steps: int,
+        schedule: Schedule,
         history: Sequence[dict] = (),
         newest_checkpoint: Path | None = None,
     ):
-        self.folder, self.config, self.procs = Path(config.out), config, procs
+        self.folder, self.config, self.procs, self.schedule = Path(config.out), config, procs, schedule
         self.history, self.source = list(history), data.meta.get("source", {})
         self.tokenizer, self.log_file = data.tokenizer, self.folder / "log.jsonl"
         self.identity = {
             field.name: getattr(config, field.name) for field in fields(config) if "resumable" not in field.metadata
         }
         self.identity["data"] = data.fingerprint
-        names = [item.name for item in self.folder.iterdir()] if self.folder.exists() else []
-        is_new = all(name in RUN_FILES or name.startswith("step_") for name in names)
-        if not (is_new or runs.list_checkpoints(self.folder)):
-            raise UserError(f"{self.folder} already exists and is not a run: choose another --out")
-        if procs.is_main:
-            lock_folder(self.folder)
-        if not procs.all_equal(self.identity):
-            raise UserError("the processes have different flags or data: start all of them with the same")
-        self.newest_checkpoint = newest_checkpoint or procs.call_on_main(runs.find_newest, self.folder)
+        flags = asdict(config) | {"out": None, "data": data.fingerprint}  # paths may differ between machines
+        if not procs.all_equal(flags):
+            raise UserError("the processes have different flags or data: start every process with the same ones")
+        self.newest_checkpoint = procs.call_on_main(self._lock_and_find_newest, newest_checkpoint)
         if self.newest_checkpoint is not None and not self.newest_checkpoint.exists():
             raise UserError(
                 f"this machine has no {self.newest_checkpoint}: --out must be a folder that all machines share"
@@ -77,37 +73,51 @@ class Run:
         self.stop_reason, self.started, self.signal_time = "", time.monotonic(), 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        warmup_steps = round(0.04 * steps) if config.warmup_steps is None else config.warmup_steps
-        self.schedule = Schedule(config.schedule, config.lr, steps, warmup_steps, config.decay_fraction)
         self.saved_flags: dict = {}
         if self.newest_checkpoint is not None:
             meta = runs.read_meta(self.newest_checkpoint)
             self._check_identity(meta)
             self.saved_flags, self.history = meta["config"], meta["history"]
 
-    def _check_identity(self, meta: dict) -> None:
-        """Raise `UserError` if the run of a checkpoint differs from this one.
+    def _lock_and_find_newest(self, verified: Path | None) -> Path | None:
+        """Lock the folder and return its newest checkpoint. The one that is `verified` is not verified again."""
+        names = [item.name for item in self.folder.iterdir()] if self.folder.exists() else []
+        is_new = all(name in RUN_FILES or name.startswith("step_") for name in names)
+        if not (is_new or runs.list_checkpoints(self.folder)):
+            raise UserError(f"{self.folder} already exists and is not a run: choose another --out")
+        lock_folder(self.folder)
+        if verified is not None and runs.list_steps(self.folder)[-1:] == [verified]:
+            return verified
+        return runs.find_newest(self.folder)
 
-        The number of steps may differ if the decay of the learning rate has started in neither: the training so far
-        does not depend on it. The warm-up stays as it was.
+    def _check_identity(self, meta: dict) -> None:
+        """Raise `UserError` if the run of a checkpoint differs from this one, and continue its warmup.
+
+        The number of steps may differ while the step is before the decay of both schedules: the learning rates so far
+        are equal.
         """
-        saved, step = meta.get("schedule"), meta["step"]
-        if saved is None:  # of an earlier version, or written by hand
-            return self._check_same(meta["identity"], self.identity)
-        saved = Schedule(*(saved[field.name] for field in fields(Schedule)))
+        if meta.get("schedule") is None:
+            raise UserError(f"{self.folder} was written by an earlier version: resume it with the code that wrote it")
+        step, saved = meta["step"], Schedule(*(meta["schedule"][field.name] for field in fields(Schedule)))
         if not 0 <= saved.decay_fraction <= 1:
             raise UserError(f"{self.newest_checkpoint}/meta.json is corrupt: decay_fraction is {saved.decay_fraction}")
-        decay_start = min(saved.decay_start, self.schedule.decay_start)
-        same, hint = {}, ""
-        if step <= decay_start:
-            same = {name: meta["identity"].get(name) for name in STEPS_FLAGS if name in self.identity}
-            self.schedule = replace(self.schedule, warmup_steps=saved.warmup_steps)
-        elif saved.name == "wsd" and saved.steps != self.schedule.steps:
-            hint = (
-                f" (steps can change until the decay starts: to continue from step {saved.decay_start:,}, copy that"
-                " checkpoint into a new run folder)"
-            )
-        self._check_same(meta["identity"], self.identity | same, hint)
+        warmup_steps = self.schedule.warmup_steps if self.config.warmup_steps is not None else saved.warmup_steps
+        before = meta["identity"] | {"warmup_steps": saved.warmup_steps}
+        now = self.identity | {"warmup_steps": warmup_steps}
+        steps_flags = {name: before.get(name) for name in STEPS_FLAGS if name in now}
+        hint = ""
+        if step <= min(saved.decay_start, self.schedule.decay_start):
+            now |= steps_flags
+        elif saved.name == "wsd" and before == now | steps_flags:  # nothing else has changed
+            least = math.ceil(step / (1 - min(self.schedule.decay_fraction, 0.99)))
+            hint = f"; the decay would start before step {step:,}: give at least {least:,} steps"
+            if step > saved.decay_start:
+                hint = (
+                    "; the number of steps can change until the decay starts: to continue from step"
+                    f" {saved.decay_start:,}, copy that checkpoint into a new run folder"
+                )
+        self._check_same(before, now, hint)
+        self.schedule = replace(self.schedule, warmup_steps=saved.warmup_steps)
 
     def _check_same(self, saved: dict, current: dict, hint: str = "") -> None:
         """Raise `UserError` if the saved run differs from the current one."""
@@ -167,8 +177,8 @@ class Run:
 
     def _prune(self) -> None:
         """Delete old checkpoints, except the last one before the decay, from which a longer run can continue."""
-        kept = self.folder / f"step_{self.schedule.decay_start:06d}"
-        checkpoint.prune(self.folder, self.config.keep, {kept})
+        before_decay = self.folder / f"step_{self.schedule.decay_start:06d}"
+        checkpoint.prune(self.folder, self.config.keep, protected={before_decay})
 
     def stop_requested(self) -> bool:
         """Return whether any process received a signal or reached --max_minutes; then all stop after the same step."""

@@ -19,8 +19,9 @@ FORMAT_VERSION = 1
 RUNS = Path("runs")
 METRICS = {str: (float, None)}
 FLAGS = {"batch_tokens": (int, None), "micro_batch_size": (int, None)}
-TRAINING = {"source": (SOURCE, str), "step": (int, None), "metrics": (METRICS, None), "config": (FLAGS, None)}
 SCHEDULE = {"name": str, "lr": float, "steps": int, "warmup_steps": int, "decay_fraction": float}
+TRAINING = {"source": (SOURCE, str), "step": (int, None), "metrics": (METRICS, None), "config": (FLAGS, None)}
+TRAINING |= {"schedule": (SCHEDULE, None)}
 CHECKPOINT = {  # of a checkpoint's meta.json; see `has_shape`
     "step": int,
     "metrics": METRICS,

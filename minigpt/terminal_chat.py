@@ -95,7 +95,7 @@ def chat(printer: TextPrinter, system_messages: list[dict]) -> None:
         try:
             text = read_message()
             interrupted = False
-            if text.split()[:1] == ["/exit"] or text.strip() in ("exit", "quit"):
+            if text.split()[:1] in (["/exit"], ["/quit"]) or text.strip() in ("exit", "quit"):
                 return
             if text.startswith("/"):
                 conversation.run_command(text)

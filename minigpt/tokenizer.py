@@ -79,13 +79,13 @@ class Tokenizer:
             # tiktoken's regular expression overflows its stack on it.
             cuts = self._cut_space(text, run.start(), run.end())
             tokens += self.encoding.encode_ordinary(text[begin : cuts[0]])
-            for begin, end in pairwise(cuts):
-                tokens += self.encoding._encode_single_piece(text[begin:end]) if begin < end else []
+            for left, right in pairwise(cuts):
+                tokens += self.encoding._encode_single_piece(text[left:right])
             begin = cuts[-1]
         return tokens + self.encoding.encode_ordinary(text[begin:])
 
     def _cut_space(self, text: str, start: int, end: int) -> list[int]:
-        """Return where the pattern cuts a long run of white space: the start, the end, and cuts between them."""
+        """Return the start of the pattern's first piece in a long run of white space, and the ends of its pieces."""
         last = end if end == len(text) else end - 1  # the last character belongs to the next piece
         if self.pattern == "gpt2":
             return [start, last]
@@ -93,7 +93,10 @@ class Tokenizer:
         after_break = start + max(space.rfind("\r"), space.rfind("\n")) + 1  # a piece ends at the last line break
         if previous and unicodedata.category(previous)[0] not in "LN":  # punctuation takes the line breaks after it
             start += len(space) - len(space.lstrip("\r\n"))
-        return [start, after_break, max(after_break, last)] if after_break > start else [start, max(start, last)]
+        return [
+            start,
+            *(end for end, before in ((after_break, start), (last, max(start, after_break))) if end > before),
+        ]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of tokens. Invalid UTF-8 becomes U+FFFD, special tokens their names."""
@@ -190,8 +193,8 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
         if folder is not None:
             raise UserError(f"{file} is missing, the vocabulary {name}: prepare or copy the folder again")
         raise UserError(
-            f"there is no tokenizer {name!r}: choose {', '.join(BUILT_IN.values())} or a folder that"
-            " prepare_tokenizer.py wrote"
+            f"there is no tokenizer {name!r}: choose {', '.join(BUILT_IN.values())} or a folder with a tokenizer.json:"
+            " of prepare_tokenizer.py, of a dataset or of a checkpoint"
         )
     tokenizer = read_tokenizer(file)
     if folder is not None and tokenizer.name != name:

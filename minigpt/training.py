@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minigpt.cli import UserError, check_range, resumable
+from minigpt.cli import UserError, check_range, plural, resumable
 from minigpt.dataset import Batch, Dataset
 from minigpt.distributed import Processes
 from minigpt.metrics import check_report_to
+from minigpt.optim import Schedule
 from model import GPT, IGNORE_INDEX, eval_mode
 
 
@@ -39,17 +40,17 @@ class TrainConfig:
     save_every: int
     """Steps between checkpoints; each is validated too."""
     keep: int = resumable(2)
-    """Number of newest checkpoints to keep; the best one is kept too."""
+    """Number of newest checkpoints to keep; the best one, and the last one before a decay, are kept too."""
     micro_batch_size: int | None = resumable(None)
     """Rows per forward pass; default: as in the resumed run, else the most that fit, on a CPU about 4,096 tokens."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others."""
-    warmup_steps: int | None = None
-    """Steps with linear warm-up of the learning rate; default: 4 % of the steps, as planned at the first start."""
+    warmup_steps: int | None = resumable(None)
+    """Steps with linear warmup of the learning rate; default: 4 % of the steps at the first start."""
     adamw_lr: float | None = None
-    """With --optimizer muon: the peak learning rate of what AdamW trains; default: that of --lr."""
+    """Peak learning rate of the parameters that AdamW trains, with --optimizer muon; default: --lr."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Learning rate after the warm-up: a cosine down to a tenth, or constant, then a linear decay to 0 (wsd)."""
+    """Learning rate after the warmup: a cosine down to a tenth, or constant, then a linear decay to 0 (wsd)."""
     decay_fraction: float = 0.3
     """With --schedule wsd: fraction of the steps with linear decay."""
     weight_decay: float = 0.1
@@ -86,11 +87,25 @@ def check_train_config(config: TrainConfig) -> None:
     check_range("decay_fraction", config.decay_fraction, 0, 1)
     if config.adamw_lr is not None and config.optimizer != "muon":
         raise UserError("--adamw_lr is for --optimizer muon; otherwise --lr is for all parameters")
+    if config.decay_fraction != TrainConfig.decay_fraction and config.schedule != "wsd":
+        raise UserError("--decay_fraction is for --schedule wsd")
     check_range("grad_clip", config.grad_clip, 0, open_low=True)
     check_range("dropout", config.dropout, 0, 0.9)
     check_range("seed", config.seed, 0, 2**63 - 1)
     check_range("max_minutes", config.max_minutes, 0, open_low=True)
     check_report_to(config.report_to)
+
+
+def build_schedule(config: TrainConfig, steps: int) -> Schedule:
+    """Return the learning rate of each step. Raises `UserError` if the warmup does not end before the decay starts."""
+    warmup_steps = round(0.04 * steps) if config.warmup_steps is None else config.warmup_steps
+    schedule = Schedule(config.schedule, config.lr, steps, warmup_steps, config.decay_fraction)
+    if warmup_steps > (schedule.decay_start or steps):
+        raise UserError(
+            f"--warmup_steps {warmup_steps} are more than the {schedule.decay_start or steps} steps before the end or"
+            " the decay: use fewer"
+        )
+    return schedule
 
 
 def train_step(
@@ -249,5 +264,5 @@ def print_model_and_batch(config: TrainConfig, name: str, model: GPT, procs: Pro
     )
     print(
         f"batch      {config.batch_tokens:,} tokens per step = {config.micro_batch_size} rows x {block_size} tokens x"
-        f" {procs.world_size} processes x {micro_batches} micro-batches"
+        f" {plural(procs.world_size, 'process', 'processes')} x {plural(micro_batches, 'micro-batch', 'micro-batches')}"
     )

@@ -3,7 +3,7 @@
     python prepare_tokenizer.py --vocab_size 2048 --out data/recipe_tokenizer
     python prepare_fineweb.py --tokenizer data/recipe_tokenizer --max_tokens 38_000_000 --out data/recipe
     python tests/recipe.py              # all runs that docs/recipe.jsonl does not have yet; hours on a CPU
-    python tests/recipe.py 1M/muon      # those whose name starts so
+    python tests/recipe.py 1M/muon      # only the runs with this prefix
 
 Every run of a size sees the same tokens in the same order. Run the command again to resume. Each result is a line of
 docs/recipe.jsonl: the run's name, its flags, and the validation loss after each number of tokens.
@@ -16,6 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from minigpt.files import append_line  # noqa: E402
+
 RESULTS = ROOT / "docs" / "recipe.jsonl"
 SIZES = {
     "1M": {"n_layer": 4, "n_head": 4, "n_embd": 128, "steps": 1000},
@@ -59,8 +63,7 @@ def main(prefix: str = "") -> None:
         subprocess.run(command, check=True)
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         losses = [[row["tokens"], round(row["val_loss"], 5)] for row in rows if "val_loss" in row]
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps({"name": name, "flags": flags, "val_loss": losses}) + "\n")
+        append_line(RESULTS, json.dumps({"name": name, "flags": flags, "val_loss": losses}))
 
 
 if __name__ == "__main__":

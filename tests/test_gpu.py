@@ -45,7 +45,7 @@ def test_pipeline_in_bfloat16_and_compiled(run_script, text_data, chat_data, tmp
 def test_micro_batch_size_is_found_and_kept(run_script, text_data, tmp_path):
     args = ("pretrain.py", "--data", text_data, "--out", "run", "--model", "tiny", "--batch_tokens", 65_536)
     args = (*args, "--steps", 2, "--no_compile")
-    assert "1024 rows x 64 tokens x 1 processes x 1 micro-batches" in run_script(*args).stdout
+    assert "1024 rows x 64 tokens x 1 process x 1 micro-batch" in run_script(*args).stdout
     output = run_script(*args, "--dry_run").stdout
     assert re.search(r"memory +\d+% of the device's memory at peak", output)
 

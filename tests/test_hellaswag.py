@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from conftest import TRAIN, make_model, read_log
 
 import pretrain
+from minigpt import hellaswag
 from minigpt.cli import UserError, strip_control_chars
 from minigpt.distributed import Processes
 from minigpt.hellaswag import ending_losses, evaluate_hellaswag, load_examples
 from minigpt.pretrained import load_pretrained
+from minigpt.sources import NetworkError
 from minigpt.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
@@ -220,3 +223,9 @@ def test_samples_cannot_control_the_terminal(run_script, text_data, tmp_path):
     texts = [sample["text"] for row in read_log(tmp_path / "run") for sample in row.get("samples", [])]
     assert any(ord(c) < 9 for text in texts for c in text) and any(ord(c) > 127 for text in texts for c in text)
     assert not any(ord(c) < 9 or c in "\x1b\x0e" for c in done.stdout) and "\\ufffd" in done.stdout
+
+
+def test_without_network_the_error_names_the_flags(monkeypatch):
+    monkeypatch.setattr(hellaswag, "HubSource", mock.Mock(side_effect=NetworkError("no network, or use --files")))
+    with pytest.raises(UserError, match=r"no network, or give --hellaswag_files; .* \(--no_hellaswag\)"):
+        load_examples((), load_tokenizer("bytes"))

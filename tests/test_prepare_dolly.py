@@ -671,7 +671,7 @@ def test_the_newest_pretrained_run_gives_the_context_and_the_next_command(here, 
     here("a.jsonl", out="data/new")
     printed = capsys.readouterr().out
     assert printed.startswith("--block_size 1024: no run under runs has bytes tokens yet\n")
-    first = "next: pretrain a model with this tokenizer first: python prepare_fineweb.py --tokenizer bytes\n"
+    first = "next: python prepare_fineweb.py --tokenizer bytes\n"
     assert printed.endswith(first)
     make_run("finetuned", age=1, init=True)
     make_run("gpt2-tokens", age=2, tokenizer="gpt2")
@@ -684,14 +684,14 @@ def test_the_newest_pretrained_run_gives_the_context_and_the_next_command(here, 
     assert printed.startswith("--block_size 256: the context of runs/small one\n")
     assert meta(tmp_path / "data/mine")["block_size"] == 256
     command = "next: python finetune.py --init 'runs/small one' --data data/mine --out runs/mine"
-    assert printed.endswith(f"{command} --batch_tokens 4096 --epochs 30 --lr 1e-3\n")
+    assert printed.endswith(f"{command} --batch_tokens 256 --epochs 30 --lr 1e-3\n")
     here("a.jsonl", out="data/gpt2", block_size=1024)  # too long for the newest
     printed = capsys.readouterr().out
     assert not printed.startswith("--block_size")
     command = "next: python finetune.py --data data/gpt2 --out runs/gpt2_chat"
-    assert printed.endswith(f"{command} --batch_tokens 4096 --epochs 30\n")
+    assert printed.endswith(f"{command} --batch_tokens 1024 --epochs 30\n")
     here("a.jsonl", out="data/dolly", block_size=1024)
-    assert capsys.readouterr().out.endswith("next: python finetune.py --batch_tokens 4096 --epochs 30\n")
+    assert capsys.readouterr().out.endswith("next: python finetune.py --batch_tokens 1024 --epochs 30\n")
     here("a.jsonl", out="data/dolly", block_size=1024)
     printed = capsys.readouterr().out
     assert printed.startswith("data/dolly is already complete\ntrain: ")
@@ -711,7 +711,7 @@ GPT2, DEMO = {"block_size": 1024, "n_embd": 768}, {"block_size": 96, "n_embd": 1
         (14_700, 3_000_000, DEMO, True, "--lr 1e-3"),
         (14_700, 3_000_000, DEMO, False, "--batch_tokens 4032 --epochs 3 --lr 1e-3"),
         (1_960, 120_000, GPT2, True, "--batch_tokens 4096 --epochs 10"),
-        (196, 12_000, GPT2, True, "--batch_tokens 4096 --epochs 30"),
+        (196, 12_000, GPT2, True, "--batch_tokens 1024 --epochs 26"),
         (196, 12_000, GPT2 | {"block_size": 8192}, True, "--batch_tokens 8192 --epochs 30"),
     ],
 )

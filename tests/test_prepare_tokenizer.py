@@ -150,7 +150,7 @@ def test_mistakes_end_in_one_line(fails, tmp_path, flags, message):
 
 @pytest.mark.parametrize("name", ["nothing", "data/none"])
 def test_an_unknown_tokenizer_is_rejected(name):
-    with pytest.raises(UserError, match=f"there is no tokenizer '{name}': choose gpt2, bytes or a folder that"):
+    with pytest.raises(UserError, match=f"there is no tokenizer '{name}': choose gpt2, bytes or a folder with"):
         load_tokenizer(name)
 
 

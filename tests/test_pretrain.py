@@ -48,11 +48,12 @@ def test_checkpoints_are_validated_and_described(pretrained):
 
 def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
     done = run_script("pretrain.py", "--data", text_data, "--out", "runs/mine", *TRAIN, "--keep", 1, "--save_every", 3)
-    assert "1,024 tokens per step = 8 rows x 64 tokens x 1 processes x 2 micro-batches" in done.stdout
+    assert "1,024 tokens per step = 8 rows x 64 tokens x 1 process x 2 micro-batches" in done.stdout
     assert "tiny: 35,744 parameters" in done.stdout
     assert "left" in done.stdout and "MFU" not in done.stdout and not done.stderr
     kept = {folder.name for folder in runs.list_checkpoints(tmp_path / "runs" / "mine")}
     assert "step_000012" in kept and len(kept) <= 2  # the newest, and the best if that is another
+    assert "lr         peak 0.003 after 0 steps, cosine decay from step 0\n" in done.stdout
     assert "step 0: validation loss 5.5" in done.stdout  # ln 257 = 5.549: the loss of uniform predictions
     assert f"next: python {ROOT}/generate.py --checkpoint runs/mine --prompt 'Once upon a time'\n" in done.stdout
 
@@ -233,7 +234,7 @@ def test_a_micro_batch_size_is_chosen_and_kept(run_script, text_data, tmp_path):
     """By default a run takes about 4,096 tokens, and keeps its size when it is resumed."""
     args = ("pretrain.py", "--data", text_data, "--out", "./run", "--model", "tiny", "--lr", 3e-3, "--steps", 4)
     done = run_script(*args, "--batch_tokens", 2048, "--save_every", 2)
-    assert "2,048 tokens per step = 32 rows x 64 tokens x 1 processes x 1 micro-batches" in done.stdout
+    assert "2,048 tokens per step = 32 rows x 64 tokens x 1 process x 1 micro-batch" in done.stdout
     shutil.rmtree(tmp_path / "run" / "step_000004")
     again = run_script(*args, "--batch_tokens", 2048, "--save_every", 2, "--micro_batch_size", 4)
     assert "= 4 rows x" in again.stdout
@@ -245,7 +246,8 @@ def test_dry_run_prints_an_estimate_and_writes_nothing(run_script, text_data, tm
     args = ("pretrain.py", "--data", text_data, "--model", "tiny", "--batch_tokens", 65_536, "--steps", 50, "--dry_run")
     done = run_script(*args, "--gpu_dollars_per_hour", 3.6, "--micro_batch_size", 8, processes=processes)
     output = done.stdout
-    assert f"65,536 tokens per step = 8 rows x 64 tokens x {processes} processes x {128 // processes} micro-" in output
+    count = f"{processes} process{'es' * (processes > 1)} x {128 // processes} micro-batches"
+    assert f"65,536 tokens per step = 8 rows x 64 tokens x {count}\n" in output
     tokens_per_s, seconds = re.search(r"speed +([\d,]+) tokens/s, ([\d.]+) s per step", output).groups()
     rounding = 0.006 / float(seconds)
     assert float(tokens_per_s.replace(",", "")) * float(seconds) == pytest.approx(65_536, rel=rounding)

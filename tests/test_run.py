@@ -21,6 +21,7 @@ from minigpt.metrics import MetricsLogger
 from minigpt.optim import build_optimizer
 from minigpt.run import Run
 from minigpt.tokenizer import load_tokenizer
+from minigpt.training import build_schedule
 from model import GPT, GPTConfig
 
 SINGLE = Processes(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
@@ -34,7 +35,7 @@ class Flags:
     lr: float = 1e-3
     steps: int = 10
     schedule: str = "cosine"
-    warmup_steps: int | None = None
+    warmup_steps: int | None = resumable(None)
     decay_fraction: float = 0.5
     keep: int = resumable(2)
     val_every: int = resumable(5)
@@ -60,7 +61,7 @@ def flags(tmp_path) -> Flags:
 
 def open_run(flags: Flags, model_config: GPTConfig = MODEL, data=DATA) -> tuple[Run, GPT, torch.optim.Optimizer, int]:
     """Open a run as the training scripts do; return it with model, optimiser and completed steps."""
-    run, model = Run(flags, data, SINGLE, flags.steps), GPT(model_config)
+    run, model = Run(flags, data, SINGLE, build_schedule(flags, flags.steps)), GPT(model_config)
     optimizer = build_optimizer(model, 1e-3, 0.1)
     return run, model, optimizer, run.resume(model, optimizer)
 
@@ -103,7 +104,13 @@ def test_checkpoint_without_a_newer_field_of_the_model_resumes(flags):
 
 def test_flags_that_do_not_change_the_result_are_resumable():
     shared = {"out", "data", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes", "report_to"}
-    shared |= {"device", "dtype", "compile", "deterministic"}
+    shared |= {
+        "device",
+        "dtype",
+        "compile",
+        "deterministic",
+        "warmup_steps",
+    }  # the warmup is compared with the schedule
     pretraining = {"dry_run", "gpu_dollars_per_hour", "hellaswag_every", "hellaswag_files", "sample_every"}
     for script, expected in ((pretrain, shared | pretraining | {"sample_prompts"}), (finetune, shared | {"best_by"})):
         found = {field.name for field in fields(script.Config) if "resumable" in field.metadata}
@@ -149,19 +156,19 @@ def test_resumed_run_keeps_its_history(flags):
     """A resumed finetuning loads its own checkpoint, whose history includes this training already."""
     _, model, optimizer, _ = open_run(flags)
     history = [{"source": "gpt2"}]
-    Run(flags, DATA, SINGLE, 10, history).save(3, model, optimizer, {})
-    assert Run(flags, DATA, SINGLE, 10, [*history, {"source": "itself"}]).history == history
+    Run(flags, DATA, SINGLE, build_schedule(flags, 10), history).save(3, model, optimizer, {})
+    assert Run(flags, DATA, SINGLE, build_schedule(flags, 10), [*history, {"source": "itself"}]).history == history
 
 
 def test_steps_can_change_until_the_decay_starts(flags):
-    """The decay of a run of 10 steps starts at step 5, of one of 20 at step 10. The warm-up stays as planned."""
+    """The decay of a run of 10 steps starts at step 5, of one of 20 at step 10. The warmup stays as planned."""
     flags = replace(flags, schedule="wsd", warmup_steps=None, steps=100)
     run, model, optimizer, _ = open_run(flags)
     run.save(5, model, optimizer, {})
     longer = replace(flags, steps=2000)
     assert open_run(longer)[0].schedule.warmup_steps == 4 and run.schedule.warmup_steps == 4
     open_run(replace(flags, steps=10))[0].save(6, model, optimizer, {})
-    with pytest.raises(UserError, match=r"steps was 10 and is now 20; .* \(steps can change .* step 5, copy that"):
+    with pytest.raises(UserError, match=r"steps was 10 and is now 20; .* can change until .* step 5, copy that"):
         open_run(replace(flags, steps=20))
     open_run(replace(flags, steps=10))
 
@@ -169,7 +176,9 @@ def test_steps_can_change_until_the_decay_starts(flags):
 def test_steps_cannot_become_too_few_for_the_decay(flags):
     run, model, optimizer, _ = open_run(replace(flags, schedule="wsd", steps=100))
     run.save(30, model, optimizer, {})
-    with pytest.raises(UserError, match="steps was 100 and is now 40"):
+    with pytest.raises(
+        UserError, match=r"steps was 100 and is now 40; .* would start before step 30: give at least 60"
+    ):
         open_run(replace(flags, schedule="wsd", steps=40))
     assert open_run(replace(flags, schedule="wsd", steps=60))[3] == 30
 
@@ -188,6 +197,31 @@ def test_steps_of_a_cosine_cannot_change(flags):
     run.save(1, model, optimizer, {})
     with pytest.raises(UserError, match=r"steps was 10 and is now 11; use the old values .* start a new run$"):
         open_run(replace(flags, steps=11))
+
+
+def test_the_warmup_stays_as_planned_at_the_first_start(flags):
+    """Also when a run that has become shorter is resumed after the start of its decay, or the flag names it."""
+    flags = replace(flags, schedule="wsd", steps=1000)
+    run, model, optimizer, _ = open_run(flags)
+    run.save(10, model, optimizer, {})
+    shorter = replace(flags, steps=100)
+    run, model, optimizer, _ = open_run(shorter)
+    run.save(70, model, optimizer, {})
+    assert open_run(shorter)[0].schedule.warmup_steps == 40
+    assert open_run(replace(shorter, warmup_steps=40))[0].schedule.warmup_steps == 40
+    with pytest.raises(UserError, match="warmup_steps was 40 and is now 4"):
+        open_run(replace(shorter, warmup_steps=4))
+
+
+def test_a_checkpoint_that_was_saved_meanwhile_is_found(flags):
+    """finetune.py looks for the newest checkpoint before it locks the run."""
+    run, model, optimizer, _ = open_run(flags)
+    for step in (3, 5):
+        run.save(step, model, optimizer, {})
+    found = run.folder / "step_000003"
+    assert Run(flags, DATA, SINGLE, run.schedule, (), found).newest_checkpoint.name == "step_000005"
+    checkpoint.discard(run.folder / "step_000005")
+    assert Run(flags, DATA, SINGLE, run.schedule, (), found).newest_checkpoint == found
 
 
 def test_the_last_checkpoint_before_the_decay_is_kept(flags):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minigpt.runs import read_val_loss
+from minigpt.tokenizer import Tokenizer
 
 SCRIPT = "verify.py"
 
@@ -58,6 +59,17 @@ def test_a_run_may_be_called_as_a_checkpoint(run_script, runs):
     expected = [f"runs/step_5/step_{step:06d}" for step in (6, 12)]
     assert list(states(run_script(SCRIPT, "runs/step_5"))) == expected
     assert list(states(run_script(SCRIPT)))[:2] == expected
+
+
+def test_a_vocabulary_is_read(run_script, fails, text_data, tmp_path):
+    tokenizer = Tokenizer("gpt2", {bytes([byte]): byte for byte in range(256)} | {b"th": 256})
+    (tmp_path / "data" / "tokenizer").mkdir(parents=True)
+    tokenizer.save(tmp_path / "data" / "tokenizer")
+    (tmp_path / "data" / "tokenizer" / "meta.json").write_text('{"kind": "tokenizer"}')
+    shutil.copytree(text_data, tmp_path / "data" / "text")
+    assert states(run_script(SCRIPT, "data")) == {"data/text": "whole", "data/tokenizer": "whole"}
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert "1 of 2 are corrupt" in fails(SCRIPT, "data")
 
 
 def test_a_checkpoint_without_metadata_is_listed(run_script, runs):
