@@ -695,7 +695,7 @@ def test_the_newest_pretrained_run_gives_the_context_and_the_next_command(here, 
     here("a.jsonl", out="data/dolly", block_size=1024)
     printed = capsys.readouterr().out
     assert printed.startswith("data/dolly is already complete\ntrain: ")
-    assert printed.endswith("next: python finetune.py --batch_tokens 4096 --epochs 30\n")
+    assert printed.endswith("next: python finetune.py --batch_tokens 1024 --epochs 30\n")
     (tmp_path / "data" / "dolly" / "val_tokens.npy").unlink()
     with pytest.raises(UserError, match=r"val_tokens\.npy is missing: delete data/dolly and prepare it again"):
         here("a.jsonl", out="data/dolly", block_size=1024)
