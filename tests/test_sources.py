@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -183,10 +184,13 @@ def test_a_tiny_parquet_file_with_large_rows(tmp_path):
     texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10_000, pyarrow.int32()), ["a" * 10_000_000])
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 10_000
-    records = read_files([tmp_path / "a.parquet"], "text")
-    for _ in range(20):
-        assert len(next(records)[1]["text"]) == 10_000_000
-    assert pyarrow.total_allocated_bytes() < 500_000_000
+    tracemalloc.start()
+    try:
+        records = read_files([tmp_path / "a.parquet"], "text")
+        assert all(len(next(records)[1]["text"]) == 10_000_000 for _ in range(20))
+        assert tracemalloc.get_traced_memory()[1] + pyarrow.total_allocated_bytes() < 500_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_parquet_without_the_column_lists_the_columns(folder):
