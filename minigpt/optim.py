@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minigpt.cli import UserError
 from model import GPT
 
 MOMENTUM = 0.95
@@ -115,7 +116,7 @@ class Schedule:
 
     "cosine" decays to a tenth of `lr` along a cosine. "wsd" (warmup, stable, decay; Hu et al., "MiniCPM", 2024) stays
     constant and decays linearly to 0 in the last `decay_fraction` of the steps. The learning rate before the decay does
-    not depend on the number of steps, so it can change until then.
+    not depend on the number of steps, which can change until then.
     """
 
     name: str
@@ -137,6 +138,15 @@ class Schedule:
     def decay_steps(self) -> int:
         """The number of steps with linear decay."""
         return max(1, round(self.decay_fraction * self.steps))
+
+    def check(self) -> None:
+        """Raise `UserError` if the warmup does not end before the decay starts."""
+        last = self.decay_start or self.steps
+        if self.warmup_steps > last:
+            raise UserError(
+                f"the {self.warmup_steps:,} steps of the warmup are more than the {last:,} before the decay or the end:"
+                " use fewer --warmup_steps, or more steps"
+            )
 
     def get_lr(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

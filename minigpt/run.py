@@ -78,9 +78,10 @@ class Run:
             meta = runs.read_meta(self.newest_checkpoint)
             self._check_identity(meta)
             self.saved_flags, self.history = meta["config"], meta["history"]
+        self.schedule.check()
 
     def _lock_and_find_newest(self, verified: Path | None) -> Path | None:
-        """Lock the folder and return its newest checkpoint. The one that is `verified` is not verified again."""
+        """Lock the folder and return its newest checkpoint, without comparing the checksums of `verified` again."""
         names = [item.name for item in self.folder.iterdir()] if self.folder.exists() else []
         is_new = all(name in RUN_FILES or name.startswith("step_") for name in names)
         if not (is_new or runs.list_checkpoints(self.folder)):

@@ -97,15 +97,9 @@ def check_train_config(config: TrainConfig) -> None:
 
 
 def build_schedule(config: TrainConfig, steps: int) -> Schedule:
-    """Return the learning rate of each step. Raises `UserError` if the warmup does not end before the decay starts."""
+    """Return the learning rate of each step of a new run."""
     warmup_steps = round(0.04 * steps) if config.warmup_steps is None else config.warmup_steps
-    schedule = Schedule(config.schedule, config.lr, steps, warmup_steps, config.decay_fraction)
-    if warmup_steps > (schedule.decay_start or steps):
-        raise UserError(
-            f"--warmup_steps {warmup_steps} are more than the {schedule.decay_start or steps} steps before the end or"
-            " the decay: use fewer"
-        )
-    return schedule
+    return Schedule(config.schedule, config.lr, steps, warmup_steps, config.decay_fraction)
 
 
 def train_step(

@@ -1,7 +1,7 @@
 """Compare training recipes on small models, for docs/recipe.md.
 
     python prepare_tokenizer.py --vocab_size 2048 --out data/recipe_tokenizer
-    python prepare_fineweb.py --tokenizer data/recipe_tokenizer --max_tokens 38_000_000 --out data/recipe
+    python prepare_fineweb.py --tokenizer data/recipe_tokenizer --max_tokens 38000000 --out data/recipe
     python tests/recipe.py              # all runs that docs/recipe.jsonl does not have yet; hours on a CPU
     python tests/recipe.py 1M/muon      # only the runs with this prefix
 

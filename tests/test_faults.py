@@ -256,18 +256,30 @@ def test_no_new_start_if_all_checkpoints_are_corrupt(fails, pretrained, text_dat
     assert len(runs.list_checkpoints(tmp_path / "run")) == 2
 
 
+def start_two(commands: list[tuple], cwd: Path) -> list[str]:
+    """Start two processes of one run as on two machines; return their stderr. Both must exit with code 2."""
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [os.environ | rendezvous | {"RANK": str(rank), "LOCAL_RANK": "0"} for rank in (0, 1)]
+    pairs = zip(commands, ranks, strict=True)
+    processes = [ForkedProcess([ROOT / "pretrain.py", *command], cwd, env) for command, env in pairs]
+    assert [process.wait(60) for process in processes] == [2, 2]
+    return [process.stderr.read_text() for process in processes]
+
+
 def test_processes_with_different_flags_do_not_train(text_data, tmp_path):
     """As on two machines of which one has old files or another command."""
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = []
-    for rank, lr in enumerate((1e-3, 2e-3)):
-        command = [ROOT / "pretrain.py", "--data", text_data, "--out", tmp_path / "run", *TRAIN[:-1], lr]
-        env = os.environ | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(ForkedProcess(command, tmp_path, env))
-    for process in processes:
-        assert process.wait(60) == 2
-        assert "the processes have different flags or data" in process.stderr.read_text()
+    args = ("--data", text_data, "--out", "./run", *TRAIN[:-1])
+    for error in start_two([(*args, 1e-3), (*args, 2e-3)], tmp_path):
+        assert "the processes have different flags or data" in error
     assert not runs.list_steps(tmp_path / "run")
+
+
+def test_all_processes_report_an_error_of_the_main_process(text_data, tmp_path):
+    """None waits for the others: the run belongs to another process, whose lock only the main process tries."""
+    lock = lock_folder(tmp_path / "run")
+    for error in start_two([("--data", text_data, "--out", "./run", *TRAIN)] * 2, tmp_path):
+        assert "run is in use by another process" in error
+    lock.release()
 
 
 def test_data_that_is_truncated_under_a_running_job(text_data, fails, tmp_path):

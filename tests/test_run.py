@@ -213,6 +213,13 @@ def test_the_warmup_stays_as_planned_at_the_first_start(flags):
         open_run(replace(shorter, warmup_steps=4))
 
 
+def test_a_run_cannot_become_shorter_than_its_warmup(flags):
+    run, model, optimizer, _ = open_run(replace(flags, schedule="wsd", steps=1000))
+    run.save(10, model, optimizer, {})
+    with pytest.raises(UserError, match="the 40 steps of the warmup are more than the 25 before the decay"):
+        open_run(replace(flags, schedule="wsd", steps=50))
+
+
 def test_a_checkpoint_that_was_saved_meanwhile_is_found(flags):
     """finetune.py looks for the newest checkpoint before it locks the run."""
     run, model, optimizer, _ = open_run(flags)

@@ -195,15 +195,17 @@ def test_wsd_schedule():
     assert [Schedule("wsd", 1.0, 4, 0, 0.0).get_lr(step) for step in range(4)] == [1.0] * 4
 
 
-@pytest.mark.parametrize(
-    ("flags", "steps", "last"), [({"warmup_steps": 11}, 10, 10), ({"warmup_steps": 80, "schedule": "wsd"}, 100, 70)]
-)
-def test_the_warmup_must_end_before_the_decay(flags, steps, last):
-    config = pretrain.Config(**flags)
-    with pytest.raises(UserError, match=rf"--warmup_steps \d+ are more than the {last} steps before the"):
-        build_schedule(config, steps)
-    assert build_schedule(replace(config, warmup_steps=last), steps).warmup_steps == last
-    assert build_schedule(replace(config, warmup_steps=None), 100).warmup_steps == 4
+@pytest.mark.parametrize(("name", "steps", "last"), [("cosine", 10, 10), ("wsd", 100, 70)])
+def test_the_warmup_must_end_before_the_decay(name, steps, last):
+    schedule = Schedule(name, 1.0, steps, last, 0.3)
+    schedule.check()
+    with pytest.raises(UserError, match=rf"the {last + 1} steps of the warmup are more than the {last} before"):
+        replace(schedule, warmup_steps=last + 1).check()
+
+
+def test_the_default_warmup():
+    assert build_schedule(pretrain.Config(), 100).warmup_steps == 4
+    assert build_schedule(pretrain.Config(warmup_steps=0), 100).warmup_steps == 0
 
 
 def test_schedule():
