@@ -40,14 +40,30 @@ def served(chatterbox):
         yield page
 
 
-@pytest.fixture
-def page(served):
-    """Open the page in a new browser; it must send no request to another host."""
+@pytest.fixture(scope="module")
+def shared_browser():
+    """Start a browser for several tests, each in its own tab, which has its own session storage."""
     with browser() as opened:
-        opened.resize(1100, 700)
-        opened.open(served[0])
         yield opened
-        assert opened.requested_hosts() == {"127.0.0.1"}
+
+
+@pytest.fixture
+def tab(shared_browser):
+    """Open an empty tab; its pages must send no request to another host."""
+    first = shared_browser.driver.current_window_handle
+    shared_browser.driver.switch_to.new_window("tab")
+    shared_browser.resize(1100, 700)
+    yield shared_browser
+    assert shared_browser.requested_hosts() == {"127.0.0.1"}
+    shared_browser.driver.close()
+    shared_browser.driver.switch_to.window(first)
+
+
+@pytest.fixture
+def page(served, tab):
+    """Open the served page."""
+    tab.open(served[0])
+    return tab
 
 
 def load(checkpoint) -> PretrainedModel:
@@ -171,9 +187,8 @@ def test_a_reload_keeps_the_conversation(page, served, chatterbox):
 
 
 @pytest.fixture
-def open_page(monkeypatch):
-    """Return a function that serves a page in this process and opens it in a browser. The page requests nothing
-    from other hosts."""
+def open_page(tab, monkeypatch):
+    """Return a function that serves a page in this process and opens it."""
     with contextlib.ExitStack() as stack:
 
         def open_page(loaded) -> Browser:
@@ -182,15 +197,10 @@ def open_page(monkeypatch):
             monkeypatch.setattr(chat_web, "threading", mock.Mock())  # serve() does not wait
             chat_web.serve(built, config)
             stack.callback(built.close)
-            opened = stack.enter_context(browser())
-            stack.callback(lambda: requested.append(opened.requested_hosts()))
-            opened.resize(1100, 700)
-            opened.open(built.local_url)
-            return opened
+            tab.open(built.local_url)
+            return tab
 
-        requested = []
         yield open_page
-    assert requested == [{"127.0.0.1"}]
 
 
 MARKDOWN = """\
