@@ -1,17 +1,22 @@
-"""Evaluate a model: exact validation loss, bits per byte, and HellaSwag.
+"""Evaluate a model: exact validation loss, bits per byte, answers to questions, HellaSwag and other benchmarks.
 
     python evaluate.py                                              # the newest run under runs/
     python evaluate.py --checkpoint runs/gpt2 --data data/fineweb_edu
     python evaluate.py --checkpoint openai-community/gpt2 --json results.jsonl
+    python evaluate.py --tasks piqa arc_easy arc_challenge sciq lambada_openai hellaswag        # by lm_eval
     python evaluate.py --quantize int8 --no_hellaswag               # the loss with 8-bit weights
     torchrun --standalone --nproc_per_node=8 evaluate.py            # the same figures on eight GPUs
 
-HellaSwag's 10,042 examples take minutes on a GPU and hours on a CPU; there, start with `--max_examples 500`.
+HellaSwag's 10,042 examples take minutes on a GPU and hours on a CPU; there, start with `--max_examples 500`. A chat
+model also answers questions from the validation split of its conversations. `--tasks` needs requirements-extra.txt.
 """
 
+import functools
+import importlib.util
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +24,12 @@ from pathlib import Path
 from torch import nn
 
 from minigpt import cli
+from minigpt.answers import Answer, answer_questions, summarize_answers
 from minigpt.cli import InferenceConfig, Progress, UserError
 from minigpt.dataset import ChatDataset, Dataset, TokenDataset, val_batches
 from minigpt.distributed import Processes, init_processes
 from minigpt.files import append_line
-from minigpt.hellaswag import evaluate_hellaswag, load_examples
+from minigpt.hellaswag import N_ENDINGS, evaluate_hellaswag, load_examples
 from minigpt.inference import load_for_inference
 from minigpt.pretrained import PretrainedModel
 from minigpt.shards import read_meta
@@ -42,12 +48,18 @@ class Config(InferenceConfig):
     """Dataset folders; default: data/fineweb_edu and data/dolly, if they exist and fit the model."""
     max_tokens: int | None = None
     """Number of validation tokens of a text dataset, from the start of the split; default: all."""
+    answers: int = 100
+    """Number of validation questions of a chat dataset to answer."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm_eval, instead of HellaSwag: piqa, arc_easy ...; `lm_eval ls tasks` lists them."""
+    task_folder: Path | None = None
+    """A folder with tasks of your own for --tasks, .yaml files in lm_eval's format; default: lm_eval's tasks."""
     hellaswag: bool = True
     """Evaluate HellaSwag."""
     hellaswag_files: tuple[str, ...] = ()
     """HellaSwag's examples in local .jsonl or .parquet files; default: the hub's Rowan/hellaswag."""
     max_examples: int | None = None
-    """Number of HellaSwag examples; default: all."""
+    """Number of examples of HellaSwag and of each task; default: all."""
     micro_batch_size: int = 8
     """Rows per forward pass, for the losses."""
     json: Path | None = None
@@ -59,25 +71,35 @@ def main(config: Config) -> None:
     procs = init_processes(config.device, "float32")
     loaded, _ = load_for_inference(config)
     datasets = list(open_datasets(config, loaded, procs))
-    examples = load_examples(config.hellaswag_files, loaded.tokenizer, config.max_examples) if config.hellaswag else []
-    if not (datasets or examples):
-        raise UserError("nothing to evaluate: give --data, or omit --no_hellaswag")
+    hellaswag = config.hellaswag and not config.tasks
+    examples = load_examples(config.hellaswag_files, loaded.tokenizer, config.max_examples) if hellaswag else []
+    if not (datasets or examples or config.tasks):
+        raise UserError("nothing to evaluate: give --data or --tasks, or omit --no_hellaswag")
     precision = config.quantize or config.dtype
     figures: dict = {"checkpoint": loaded.source, "dtype": precision, "data": {}}
-    lines = [f"{loaded.source}: {loaded.model.config.num_parameters:,} parameters, {precision}"]
+    print_on_main = functools.partial(print, flush=True) if procs.is_main else lambda text: None
+    print_on_main(f"{loaded.source}: {loaded.model.config.num_parameters:,} parameters, {precision}")
     for data in datasets:
         result = evaluate_dataset(loaded.model, data, procs, config.micro_batch_size, config.max_tokens)
+        print_on_main(format_loss(data, result))
+        if isinstance(data, ChatDataset) and config.answers:
+            progress = Progress(min(config.answers, data.meta["val"]["documents"]), "answer", enabled=procs.is_main)
+            answers = answer_questions(loaded.model, data, config.answers, procs, progress)
+            progress.close()
+            result |= summarize_answers(answers)
+            print_on_main(format_answers(answers, result))
         figures["data"][str(data.folder)] = result
-        lines.append(format_loss(data, result))
-    if procs.is_main:
-        print("\n".join(lines), flush=True)
     if examples:
-        progress = Progress(len(examples), "example", enabled=procs.is_main)
+        progress = Progress(len(examples) * N_ENDINGS, "ending", enabled=procs.is_main)
         result = evaluate_hellaswag(loaded.model, examples, loaded.tokenizer, procs, progress)
         progress.close()
         figures |= result | {"hellaswag_examples": len(examples)}
-        if procs.is_main:
-            print(format_hellaswag(result, len(examples)))
+        print_on_main(format_hellaswag(result, len(examples)))
+    if config.tasks:
+        from minigpt.tasks import evaluate_tasks, format_tasks
+
+        figures["tasks"] = evaluate_tasks(loaded, config.tasks, procs, config.task_folder, config.max_examples)
+        print_on_main(format_tasks(figures["tasks"]))
     if config.json is not None and procs.is_main:
         append_line(config.json, json.dumps(figures))
         print(f"figures appended to {config.json}")
@@ -88,8 +110,17 @@ def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     for name in ("max_tokens", "max_examples", "micro_batch_size"):
         cli.check_range(name, getattr(config, name), 1)
-    if not config.hellaswag and (config.hellaswag_files or config.max_examples):
-        raise UserError("--no_hellaswag cannot be combined with --hellaswag_files or --max_examples")
+    cli.check_range("answers", config.answers, 0)
+    if config.hellaswag_files and (config.tasks or not config.hellaswag):
+        raise UserError("--hellaswag_files cannot be combined with --tasks or --no_hellaswag")
+    if config.max_examples and not (config.tasks or config.hellaswag):
+        raise UserError("--max_examples needs HellaSwag or --tasks: omit --no_hellaswag")
+    if config.task_folder and not config.tasks:
+        raise UserError("--task_folder needs --tasks, the names of the tasks in it")
+    if config.task_folder and not config.task_folder.is_dir():
+        raise UserError(f"--task_folder {config.task_folder}: no such folder")
+    if config.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm_eval: pip install -r requirements-extra.txt")
     if config.json is not None:
         with open(config.json, "a") as file:  # fails now rather than at the end
             if not file.seekable():
@@ -148,6 +179,20 @@ def format_loss(data: Dataset, result: dict) -> str:
     what = f"{'answers' if isinstance(data, ChatDataset) else 'text'} in {data.folder}"
     losses = f"loss {result['val_loss']:.4f} nats per token   {result['bits_per_byte']:.4f} bits per byte"
     return f"{what:<32} {losses}   {result['tokens']:,} tokens"
+
+
+def format_answers(answers: list[Answer], result: dict) -> str:
+    """Return the scores of the answers, and three of them."""
+    lines = [
+        f"{len(answers)} answers: Rouge-L {result['rouge_l']:.1f} (standard error {result['rouge_l_stderr']:.1f};"
+        f" published for GPT-2 120M on Dolly: 23.3), {result['ended']:.0%} end by themselves"
+    ]
+    for answer in answers[:: max(1, len(answers) // 3)][:3]:
+        texts = {"question": answer.question, "answer": answer.answer, "reference": answer.reference}
+        for name, text in texts.items():
+            short = textwrap.shorten(cli.strip_control_chars(text), 200, placeholder=" ...")
+            lines.append(f"    {name:<10} {short}")
+    return "\n".join(lines)
 
 
 def format_hellaswag(result: dict, n_examples: int) -> str:

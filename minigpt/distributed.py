@@ -53,12 +53,16 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_equal(self, value: Any) -> bool:
-        """Return whether all processes pass the same value."""
+    def all_gather(self, value: Any) -> list:
+        """Return the values that the processes pass, in the order of their ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
-        return all(other == value for other in values)
+        return values
+
+    def all_equal(self, value: Any) -> bool:
+        """Return whether all processes pass the same value."""
+        return all(other == value for other in self.all_gather(value))
 
     def call_on_main(self, function: Callable, *args: Any) -> Any:
         """Call a function on the main process and return its result on all. All processes raise its user errors."""

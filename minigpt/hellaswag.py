@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.cli import Progress, UserError
 from minigpt.distributed import Processes
+from minigpt.likelihood import score_continuations
 from minigpt.sources import FileSource, HubSource, NetworkError, find_files
 from minigpt.tokenizer import Tokenizer
-from model import GPT, IGNORE_INDEX, eval_mode
+from model import GPT
 
 N_ENDINGS = 4  # of each example
-BATCH_SIZE = 16  # examples; batches are the same for any number of processes, and so are the rounding errors
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ def parse_example(location: str, record: dict, tokenizer: Tokenizer) -> HellaSwa
     return HellaSwagExample(tokenizer.encode(context), tokens, [len(ending) for ending in endings], int(label))
 
 
-@torch.no_grad()
 def evaluate_hellaswag(
     model: GPT,
     examples: Sequence[HellaSwagExample],
@@ -86,6 +84,7 @@ def evaluate_hellaswag(
 
     Args:
         model: the raw model, in train or eval mode.
+        progress: counts endings.
 
     Returns:
         hellaswag: accuracy by the probability of the whole ending, lm_eval's "acc".
@@ -117,43 +116,7 @@ def ending_losses(
     procs: Processes,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Return the summed loss of every ending in nats: (examples, 4) float64, on the CPU.
-
-    Examples of similar length share a batch. Batches are distributed over the processes in turn.
-    """
-    rows = [
-        [build_row(example.context, ending, model, tokenizer) for ending in example.endings] for example in examples
-    ]
-    order = sorted(range(len(rows)), key=lambda i: max(len(tokens) for tokens, _ in rows[i]))
-    batches = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
-    losses = torch.zeros(len(rows), N_ENDINGS, dtype=torch.float64)
-    with eval_mode(model), procs.autocast():
-        for batch in batches[procs.rank :: procs.world_size]:
-            losses[batch] = batch_losses(model, [row for i in batch for row in rows[i]], procs).view(len(batch), -1)
-            if progress is not None:
-                progress.update(min(len(batch) * procs.world_size, len(rows) - progress.done))
-    return procs.all_reduce(losses.to(procs.device)).cpu() if procs.world_size > 1 else losses
-
-
-def build_row(context: list[int], ending: list[int], model: GPT, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """Return the last tokens of context and ending that fit the model, and how many belong to the ending."""
-    tokens = [*(context or [tokenizer.end_of_text]), *ending][-model.config.block_size - 1 :]
-    return tokens, min(len(ending), len(tokens) - 1)
-
-
-def batch_losses(model: GPT, rows: Sequence[tuple[list[int], int]], procs: Processes) -> Tensor:
-    """Return the summed loss of the last n tokens of each row of (tokens, n): (rows,) float64, on the CPU."""
-    length = max(len(tokens) for tokens, _ in rows) - 1
-    inputs = torch.zeros(len(rows), length, dtype=torch.int64)
-    targets = torch.full_like(inputs, IGNORE_INDEX)
-    for i, (tokens, n) in enumerate(rows):
-        end = len(tokens) - 1
-        inputs[i, :end] = torch.tensor(tokens[:-1])
-        targets[i, end - n : end] = torch.tensor(tokens[-n:])
-    inputs, targets = inputs.to(procs.device), targets.to(procs.device)
-    in_ending = targets != IGNORE_INDEX
-    hidden, targets = model.hidden(inputs)[in_ending], targets[in_ending]  # (tokens of all endings, C)
-    chunks = zip(hidden.split(1024), targets.split(1024), strict=True)  # not all logits in memory at once
-    losses = torch.cat([F.cross_entropy(model.logits(h).float(), t, reduction="none") for h, t in chunks])
-    row_of_token = in_ending.nonzero()[:, 0].cpu()
-    return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of_token, losses.cpu().double())
+    """Return the summed loss of every ending in nats: (examples, 4) float64, on the CPU."""
+    pairs = [(example.context or [tokenizer.end_of_text], ending) for example in examples for ending in example.endings]
+    losses, _ = score_continuations(model, pairs, procs, progress)
+    return losses.view(-1, N_ENDINGS)

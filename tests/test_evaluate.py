@@ -105,7 +105,7 @@ def test_mistakes_are_one_line(fails, pretrained, chat_data, examples_file):
 
     check_error("--max_examples is 0: it must be at least 1", max_examples=0)
     check_error("nothing to evaluate", hellaswag=False)
-    check_error("--no_hellaswag cannot be combined with", hellaswag=False, hellaswag_files=(str(examples_file),))
+    check_error("--hellaswag_files cannot be combined with", hellaswag=False, hellaswag_files=(str(examples_file),))
     check_error("holds conversations, and .* is not a chat model", hellaswag=False, data=(str(chat_data),))
     check_error("nowhere: no such dataset folder", hellaswag=False, data=("nowhere",))
     check_error(r"--hellaswag_files nowhere\.jsonl: no such file", hellaswag_files=("nowhere.jsonl",))

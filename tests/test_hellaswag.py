@@ -1,10 +1,7 @@
-"""HellaSwag: equal to plain loops over transformers' GPT-2 and to lm_eval, and no change to the training around it."""
+"""HellaSwag: equal to plain loops over transformers' GPT-2, and no change to the training around it."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -89,47 +86,6 @@ def test_ending_losses_equal_a_plain_loop(random_checkpoint, examples_file, run_
     assert len(set(n_correct.values())) > 1  # the accuracies are not interchangeable
     p = result["hellaswag"]
     assert result["hellaswag_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 49))
-
-
-TASK = """\
-task: local_hellaswag
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FILE}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "{{ctx}}"
-doc_to_target: "{{label | int}}"
-doc_to_choice: "{{endings}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-"""
-
-
-def test_lm_eval_gives_the_same_results(gpt2_tokenizer, examples_file, run_script, tmp_path):
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
-    source = make_model(tmp_path / "run", gpt2_tokenizer, chat=False)
-    run_script("export.py", "--checkpoint", source, "--out", "here")
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "local.yaml").write_text(TASK.replace("FILE", str(examples_file)))
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "local_hellaswag"]
-    command += ["--model_args", "pretrained=here,dtype=float32", "--include_path", "tasks", "--device", "cpu"]
-    command += ["--output_path", "results", "--log_samples", "--batch_size", "8"]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())["results"]["local_hellaswag"]
-    run_script("evaluate.py", "--checkpoint", source, "--hellaswag_files", examples_file, "--json", "ours.jsonl")
-    ours = json.loads((tmp_path / "ours.jsonl").read_text())
-    for name, theirs in {"hellaswag": "acc", "hellaswag_norm_chars": "acc_norm"}.items():
-        assert ours[name] == pytest.approx(results[f"{theirs},none"])
-        assert ours[f"{name}_stderr"] == pytest.approx(results[f"{theirs}_stderr,none"])
-    examples = load_examples([str(examples_file)], gpt2_tokenizer)
-    losses = ending_losses(load_pretrained(str(source)).model, examples, gpt2_tokenizer, SINGLE)
-    lines = next((tmp_path / "results").rglob("samples_*.jsonl")).read_text().splitlines()
-    for sample in map(json.loads, lines):
-        theirs = [-float(response[0][0]) for response in sample["resps"]]
-        assert losses[sample["doc_id"]].tolist() == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize(
