@@ -25,8 +25,8 @@ from minigpt.files import append_line  # noqa: E402
 
 RESULTS = ROOT / "docs" / "recipe.jsonl"
 SIZES = {
-    "1M": {"n_layer": 4, "n_head": 4, "n_embd": 128, "steps": 1000},
-    "3M": {"n_layer": 6, "n_head": 6, "n_embd": 192, "steps": 1500},
+    "1M": {"n_layer": 4, "n_head": 2, "n_embd": 128, "steps": 1000},
+    "3M": {"n_layer": 6, "n_head": 3, "n_embd": 192, "steps": 1500},
     "10M": {"n_layer": 8, "n_head": 5, "n_embd": 320, "steps": 2000},
 }
 COMMON = {
