@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.cli import UserError
@@ -87,17 +89,33 @@ class Muon(torch.optim.AdamW):
             directions.append(gradient.lerp(state["momentum"], MOMENTUM))
         rows, columns = matrices[0].shape
         stacked = torch.stack(directions).view(-1, rows // n_splits, columns)
-        updates = orthogonalize(stacked).view(-1, rows, columns)
+        updates = orthogonalize_shared(stacked).view(-1, rows, columns)
         scale = UPDATE_RMS * math.sqrt(max(stacked.shape[1:]))
         for p, update in zip(matrices, updates, strict=True):
             p.mul_(1 - lr * weight_decay * applied)
             p.add_(update * (applied * -lr * scale))
 
 
+def orthogonalize_shared(matrices: Tensor) -> Tensor:
+    """Return `orthogonalize(matrices)`. Each process computes a share and receives those of the others.
+
+    On eight GPUs, a step of GPT-2 124M would take 2 to 3 % longer without this; see docs/recipe.md.
+    """
+    if not dist.is_initialized():
+        return orthogonalize(matrices).to(matrices.dtype)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    share = math.ceil(len(matrices) / world_size)
+    padded = F.pad(matrices, (0, 0, 0, 0, 0, share * world_size - len(matrices)))
+    own = orthogonalize(padded[rank * share : (rank + 1) * share]).contiguous()
+    gathered = own.new_empty(padded.shape)
+    dist.all_gather_into_tensor(gathered, own)
+    return gathered[: len(matrices)].to(matrices.dtype)
+
+
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Return matrices (n, A, B) with their singular values moved to between about 0.7 and 1.2.
 
-    This is Newton-Schulz iteration (Jordan et al., 2024), in bfloat16 on a GPU.
+    This is Newton-Schulz iteration (Jordan et al., 2024), in bfloat16 on a GPU, which is also the type of the result.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices
@@ -106,8 +124,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.mT if matrices.size(1) > matrices.size(2) else x
-    return x.to(matrices.dtype)
+    return x.mT if matrices.size(1) > matrices.size(2) else x
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@
     python tests/recipe.py 1M/muon      # only the runs with this prefix
 
 Every run of a size sees the same tokens in the same order. Each CPU core trains one run. Run the command again to
-resume. Each result is a line of docs/recipe.jsonl: the run's name, its flags, and the validation loss after each number
-of tokens.
+resume; at the end, a table is printed. Each result is a line of docs/recipe.jsonl: the run's name, its flags, and the
+validation loss after each number of tokens.
 """
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -75,9 +77,37 @@ def train(name: str, flags: dict) -> None:
     append_line(RESULTS, json.dumps({"name": name, "flags": flags, "val_loss": losses}))
 
 
-def main(prefix: str = "") -> None:
+def read_results() -> dict[str, list[list[float]]]:
+    """Return the [tokens, validation loss] pairs of each finished run."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    done = {json.loads(line)["name"] for line in lines}
+    return {result["name"]: result["val_loss"] for result in map(json.loads, lines)}
+
+
+def tokens_to_reach(target: float, curve: list[list[float]]) -> float:
+    """Return the tokens after which a curve falls to a loss, interpolated; infinite if it does not."""
+    for (tokens, loss), (next_tokens, next_loss) in itertools.pairwise(curve):
+        if next_loss <= target:
+            return tokens + (next_tokens - tokens) * (loss - target) / (loss - next_loss)
+    return math.inf
+
+
+def print_table(results: dict[str, list[list[float]]]) -> None:
+    """Print the runs, the last loss of each, and where it reaches the last loss of the best AdamW run of its size."""
+    for size in SIZES:
+        runs = {name: curve for name, curve in results.items() if name.startswith(f"{size}/")}
+        adamw = [curve for name, curve in runs.items() if "muon" not in name]
+        if not adamw:
+            continue
+        best = min(adamw, key=lambda curve: curve[-1][1])
+        print("\n| run | tokens | last loss | reaches the best AdamW's loss at |\n|---|---|---|---|")
+        for name, curve in sorted(runs.items(), key=lambda item: item[1][-1][1]):
+            fraction = tokens_to_reach(best[-1][1], curve) / best[-1][0]
+            reached = f"{fraction:.2f}" if fraction < math.inf else "-"
+            print(f"| {name} | {curve[-1][0] / 1e6:.1f} M | {curve[-1][1]:.3f} | {reached} |")
+
+
+def main(prefix: str = "") -> None:
+    done = read_results()
     (ROOT / "runs" / "recipe").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = []
@@ -93,6 +123,7 @@ def main(prefix: str = "") -> None:
             except subprocess.CalledProcessError:  # or interrupted: do not start the others
                 pool.shutdown(cancel_futures=True)
                 raise
+    print_table(read_results())
 
 
 if __name__ == "__main__":

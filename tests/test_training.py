@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import pretrain
-from minigpt import distributed
+from minigpt import distributed, optim
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
-from minigpt.optim import Schedule, build_optimizer, orthogonalize
+from minigpt.optim import Schedule, build_optimizer, orthogonalize, orthogonalize_shared
 from minigpt.training import (
     build_schedule,
     choose_micro_batch_size,
@@ -164,6 +165,26 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     torch.testing.assert_close(product, torch.diag_embed(product.diagonal(dim1=1, dim2=2)))  # the same directions
     values = torch.linalg.svdvals(found)
     assert values.max() < 1.25 and values[s > 0.05 * s.max()].min() > 0.65
+
+
+@pytest.mark.parametrize(("world_size", "n_matrices"), [(2, 4), (3, 4), (4, 3)])
+def test_processes_share_the_orthogonalization(monkeypatch, world_size, n_matrices):
+    """All receive the result of one process, also if the matrices do not divide evenly."""
+    matrices = torch.randn(n_matrices, 8, 16, generator=torch.Generator().manual_seed(0))
+    expected, shares = orthogonalize(matrices), []
+
+    def all_gather(gathered: torch.Tensor, own: torch.Tensor) -> None:
+        shares.append(own)
+        if len(shares) == world_size:
+            gathered.copy_(torch.cat(shares))
+
+    for rank in range(world_size):
+        group = mock.Mock(all_gather_into_tensor=all_gather)
+        group.get_world_size.return_value, group.get_rank.return_value = world_size, rank
+        monkeypatch.setattr(optim, "dist", group)
+        found = orthogonalize_shared(matrices)
+    torch.testing.assert_close(found, expected)
+    assert [len(share) for share in shares] == [math.ceil(n_matrices / world_size)] * world_size
 
 
 def test_muon_trains_the_matrices_of_the_blocks():
