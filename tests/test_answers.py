@@ -69,26 +69,3 @@ def test_summary():
     assert result["rouge_l"] == pytest.approx(35) and result["ended"] == 0.75 and result["answers"] == 4
     variance = (25**2 + 5**2 + 2 * 15**2) / 3
     assert result["rouge_l_stderr"] == pytest.approx((variance / 4) ** 0.5)
-
-
-def test_two_processes_give_the_same_answers(finetuned, chat_data, run_script, tmp_path):
-    flags = (
-        "--checkpoint",
-        finetuned,
-        "--data",
-        chat_data,
-        "--no_hellaswag",
-        "--answers",
-        5,
-        "--json",
-        "figures.jsonl",
-    )
-    printed = [run_script("evaluate.py", *flags, processes=processes).stdout for processes in (1, 2)]
-    one, two = map(json.loads, (tmp_path / "figures.jsonl").read_text().splitlines())
-    first, second = (figures["data"][str(chat_data)] for figures in (one, two))
-    assert first | {"val_loss": 0, "bits_per_byte": 0} == second | {"val_loss": 0, "bits_per_byte": 0}
-    assert first["answers"] == 5 and f"5 answers: Rouge-L {first['rouge_l']:.1f}" in printed[0]
-    sample = [[line for line in text.splitlines() if line.startswith("    ")] for text in printed]
-    assert sample[0] == sample[1] and len(sample[0]) == 9
-    done = run_script("evaluate.py", *flags, "--answers", 0)
-    assert "Rouge-L" not in done.stdout

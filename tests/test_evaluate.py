@@ -78,14 +78,26 @@ def test_loss_in_lower_precision_is_close_to_float32(pretrained, text_data, run_
     assert abs(loss - expected) < 0.05 and loss != expected
 
 
-def test_any_number_of_processes_gives_the_same_figures(pretrained, examples_file, text_data, tmp_path):
-    flags = ("--checkpoint", pretrained, "--hellaswag_files", examples_file, "--data", text_data)
+def test_any_number_of_processes_gives_the_same_figures(finetuned, examples_file, text_data, chat_data, tmp_path):
+    flags = ("--checkpoint", finetuned, "--hellaswag_files", examples_file, "--data", text_data, chat_data)
+    printed = []
     for n in (1, 2):
-        done = start("evaluate.py", *flags, "--json", f"{n}.jsonl", cwd=tmp_path, processes=n)
+        done = start("evaluate.py", *flags, "--answers", 5, "--json", f"{n}.jsonl", cwd=tmp_path, processes=n)
         assert "HellaSwag, 50 examples" in done.stdout and "chance" in done.stdout
+        printed.append([line for line in done.stdout.splitlines() if line.startswith("    ")])
     one, two = (json.loads((tmp_path / f"{n}.jsonl").read_text()) for n in (1, 2))
     assert {k: v for k, v in one.items() if k != "data"} == {k: v for k, v in two.items() if k != "data"}
-    assert one["data"][str(text_data)] == pytest.approx(two["data"][str(text_data)], rel=1e-6)
+    for folder, figures in one["data"].items():
+        assert figures == pytest.approx(two["data"][folder], rel=1e-6)
+    answers = one["data"][str(chat_data)]
+    assert answers["answers"] == 5 and f"5 answers: Rouge-L {answers['rouge_l']:.1f}" in done.stdout
+    assert printed[0] == printed[1] and printed[0][8].startswith("    reference")  # the last of three answers
+
+
+def test_no_answers(finetuned, chat_data, capsys):
+    evaluate.main(evaluate.Config(str(finetuned), data=(str(chat_data),), answers=0, hellaswag=False))
+    printed = capsys.readouterr().out
+    assert f"answers in {chat_data}" in printed and "Rouge-L" not in printed
 
 
 def test_default_folders_that_do_not_fit_are_skipped(run_script, fails, finetuned, text_data, tmp_path):
