@@ -32,7 +32,7 @@ from minigpt.shards import read_meta
 from minigpt.training import train_step
 from model import GPT, GPTConfig
 
-LONG = ("--model", "tiny", "--batch_tokens", 4096, "--micro_batch_size", 8, "--lr", 3e-3, "--dropout", 0.1)
+LONG = ("--model", "tiny", "--batch_tokens", 2048, "--micro_batch_size", 8, "--lr", 3e-3, "--dropout", 0.1)
 LONG = (*LONG, "--steps", 100, "--val_every", 1000, "--save_every", 1000)
 
 
