@@ -6,8 +6,8 @@
     python tests/recipe.py 1M/muon      # only the runs with this prefix
 
 Every run of a size sees the same tokens in the same order. Each CPU core trains one run. Run the command again to
-resume; at the end, a table is printed. Each result is a line of docs/recipe.jsonl: the run's name, its flags, and the
-validation loss after each number of tokens.
+resume; at the end, a table is printed. Each result is a line of docs/recipe.jsonl: the run's name, the validation loss
+after each number of tokens, and for finetuning the figures of evaluate.py.
 """
 
 import itertools
@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,28 +27,43 @@ sys.path.insert(0, str(ROOT))
 from minigpt.files import append_line  # noqa: E402
 
 RESULTS = ROOT / "docs" / "recipe.jsonl"
+RUNS = ROOT / "runs" / "recipe"
 SIZES = {
     "1M": {"n_layer": 4, "n_head": 2, "n_embd": 128, "steps": 1000},
     "3M": {"n_layer": 6, "n_head": 3, "n_embd": 192, "steps": 1500},
     "10M": {"n_layer": 8, "n_head": 5, "n_embd": 320, "steps": 2000},
 }
-COMMON = {
-    "model": "demo",
-    "block_size": 256,
-    "batch_tokens": 4096,
-    "dtype": "bfloat16",
-    "val_tokens": 98_304,
-    "val_every": 50,
-    "keep": 1,
-}
+SHARED = {"batch_tokens": 4096, "dtype": "bfloat16", "val_every": 50, "keep": 1}
+PRETRAIN = {"data": ROOT / "data" / "recipe", "model": "demo", "block_size": 256, "val_tokens": 98_304} | SHARED
 ARMS = {
     "reference": {"optimizer": "adamw", "schedule": "cosine"},
     "adamw_wsd": {"optimizer": "adamw", "schedule": "wsd", "decay_fraction": 0.5},
     "muon": {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.5, "lr": 1e-2, "adamw_lr": 4e-3},
 }
+INITIAL = "1M/muon/steps=10000"  # the run that is finetuned
+FINETUNE = {"data": ROOT / "data" / "recipe_dolly", "init": RUNS / INITIAL.replace("/", "_")} | SHARED
 
 
-def list_runs() -> Iterator[tuple[str, str, dict]]:
+@dataclass(frozen=True)
+class Job:
+    """A training run: its name, its script and its flags."""
+
+    name: str
+    script: str
+    flags: dict
+
+
+def list_jobs() -> Iterator[Job]:
+    """Yield all runs in the order in which they start."""
+    for size, arm, changes in list_pretraining():
+        flags = PRETRAIN | SIZES[size] | ARMS[arm] | changes
+        yield Job(format_name(size, arm, changes), "pretrain.py", flags | {"save_every": flags["steps"] // 4})
+    for changes in list_finetuning():
+        flags = FINETUNE | {"lr": 1e-3, "epochs": 3, "dropout": 0.1, "save_every": 10_000} | changes
+        yield Job(format_name("finetune", changes), "finetune.py", flags)
+
+
+def list_pretraining() -> Iterator[tuple[str, str, dict]]:
     """Yield the size, the arm and the flags that differ from the arm's."""
     yield "1M", "muon", {}
     for lr in (4e-3, 8e-3, 2e-3, 1e-3):
@@ -61,20 +77,56 @@ def list_runs() -> Iterator[tuple[str, str, dict]]:
     yield "1M", "muon", {"weight_decay": 0}
     for steps in (500, 400, 300):
         yield "1M", "muon", {"steps": steps}
+    for lr in (2e-3, 4e-3):
+        yield "3M", "reference", {"lr": lr}
+        yield "3M", "adamw_wsd", {"lr": lr}
+    for lr in (1e-2, 5e-3):
+        yield "3M", "muon", {"lr": lr}
+    for changes in ({}, {"weight_decay": 0}):
+        yield "1M", "muon", {"steps": 10_000} | changes
+    yield "1M", "adamw_wsd", {"steps": 10_000, "lr": 4e-3}
 
 
-def train(name: str, flags: dict) -> None:
-    """Train one run, or resume it, and append its result."""
-    print(f"--- {name}", flush=True)
-    out = ROOT / "runs" / "recipe" / name.replace("/", "_")
-    arguments = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
-    command = [sys.executable, ROOT / "pretrain.py", "--data", ROOT / "data" / "recipe", "--out", out, *arguments]
+def list_finetuning() -> Iterator[dict]:
+    """Yield the flags that differ from `list_jobs`'s."""
+    for lr in (1e-4, 3e-4, 1e-3, 3e-3):
+        yield {"lr": lr}
+    yield {"dropout": 0.0}
+    yield {"schedule": "wsd", "decay_fraction": 1.0}
+    for epochs in (1, 6):
+        yield {"epochs": epochs}
+    for lr in (1e-3, 3e-3):
+        yield {"optimizer": "muon", "lr": lr, "adamw_lr": 1e-3}
+
+
+def format_name(*parts: str | dict) -> str:
+    """Return a run's name, such as "1M/muon/lr=0.02"."""
+    texts = [part if isinstance(part, str) else ",".join(f"{flag}={part[flag]}" for flag in part) for part in parts]
+    return "/".join(filter(None, texts))
+
+
+def train(job: Job) -> None:
+    """Train a run, or resume it, and append its result."""
+    print(f"--- {job.name}", flush=True)
+    out = RUNS / job.name.replace("/", "_")
+    arguments = [str(part) for flag, value in job.flags.items() for part in (f"--{flag}", value)]
     with open(f"{out}.txt", "a") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    losses = [[row["tokens"], round(row["val_loss"], 5)] for row in rows if "val_loss" in row]
-    print(f"{name}: {losses[-1][1]:.3f}", flush=True)
-    append_line(RESULTS, json.dumps({"name": name, "flags": flags, "val_loss": losses}))
+        options = {"check": True, "stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+        subprocess.run([sys.executable, ROOT / job.script, "--out", out, *arguments], **options)
+        result = {"name": job.name, "val_loss": read_losses(out)}
+        if job.script == "finetune.py":
+            file = out / "figures.jsonl"
+            flags = ("--checkpoint", out, "--data", job.flags["data"], "--no_hellaswag", "--answers", "250")
+            subprocess.run([sys.executable, ROOT / "evaluate.py", *flags, "--json", file], **options)
+            result["answers"] = json.loads(file.read_text().splitlines()[-1])["data"][str(job.flags["data"])]
+    print(f"{job.name}: {result['val_loss'][-1][1]:.3f}", flush=True)
+    append_line(RESULTS, json.dumps(result))
+
+
+def read_losses(run: Path) -> list[list[float]]:
+    """Return the [tokens, validation loss] pairs of a run's log."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [[row["tokens"], round(row["val_loss"], 5)] for row in rows if "val_loss" in row]
 
 
 def read_results() -> dict[str, list[list[float]]]:
@@ -108,15 +160,10 @@ def print_table(results: dict[str, list[list[float]]]) -> None:
 
 def main(prefix: str = "") -> None:
     done = read_results()
-    (ROOT / "runs" / "recipe").mkdir(parents=True, exist_ok=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = []
-        for size, arm, changes in list_runs():
-            name = "/".join([size, arm, ",".join(f"{flag}={value:g}" for flag, value in changes.items())]).rstrip("/")
-            if name.startswith(prefix) and name not in done:
-                flags = COMMON | SIZES[size] | ARMS[arm] | changes
-                flags["save_every"] = flags["steps"] // 4
-                futures.append(pool.submit(train, name, flags))
+        jobs = [job for job in list_jobs() if job.name.startswith(prefix) and job.name not in done]
+        futures = [pool.submit(train, job) for job in jobs]
         for future in futures:
             try:
                 future.result()
