@@ -8,10 +8,10 @@
     torchrun --standalone --nproc_per_node=8 evaluate.py            # the same figures on eight GPUs
 
 HellaSwag's 10,042 examples take minutes on a GPU and hours on a CPU; there, start with `--max_examples 500`. A chat
-model also answers questions from the validation split of its conversations. `--tasks` needs requirements-extra.txt.
+model also answers 100 questions from the validation split of its conversations, which takes minutes on a CPU. `--tasks`
+needs requirements-extra.txt.
 """
 
-import functools
 import importlib.util
 import json
 import math
@@ -41,6 +41,10 @@ REFERENCE_ACCURACY = {
     "OpenAI's GPT-2 124M": 0.2955,  # 2,967 of 10,042; published as 29.4 to 29.6 %
 }
 
+# lm_eval's acc_norm of OpenAI's GPT-2 124M, zero-shot; from the README of MARS (github.com/AGI-Arena/MARS).
+REFERENCE_ACC_NORM = {"hellaswag": 0.311, "arc_easy": 0.395, "arc_challenge": 0.227, "piqa": 0.625, "sciq": 0.644}
+DOLLY_ROUGE_L = 23.3  # of GPT-2 120M finetuned on Dolly, on 500 other questions (Gu et al., "MiniLLM", 2024)
+
 
 @dataclass(frozen=True)
 class Config(InferenceConfig):
@@ -48,12 +52,12 @@ class Config(InferenceConfig):
     """Dataset folders; default: data/fineweb_edu and data/dolly, if they exist and fit the model."""
     max_tokens: int | None = None
     """Number of validation tokens of a text dataset, from the start of the split; default: all."""
-    answers: int = 100
-    """Number of validation questions of a chat dataset to answer."""
+    max_answers: int = 100
+    """Answer this number of validation questions of a chat dataset; 0: none."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm_eval, instead of HellaSwag: piqa, arc_easy ...; `lm_eval ls tasks` lists them."""
+    """Tasks of lm_eval to run instead of HellaSwag, such as piqa arc_easy; `lm_eval ls tasks` lists them."""
     task_folder: Path | None = None
-    """A folder with tasks of your own for --tasks, .yaml files in lm_eval's format; default: lm_eval's tasks."""
+    """The folder of task files of your own, .yaml in lm_eval's format; default: lm_eval's own tasks."""
     hellaswag: bool = True
     """Evaluate HellaSwag."""
     hellaswag_files: tuple[str, ...] = ()
@@ -73,50 +77,54 @@ def main(config: Config) -> None:
     datasets = list(open_datasets(config, loaded, procs))
     hellaswag = config.hellaswag and not config.tasks
     examples = load_examples(config.hellaswag_files, loaded.tokenizer, config.max_examples) if hellaswag else []
-    if not (datasets or examples or config.tasks):
+    tasks = load_tasks(config, procs) if config.tasks else []
+    if not (datasets or examples or tasks):
         raise UserError("nothing to evaluate: give --data or --tasks, or omit --no_hellaswag")
     precision = config.quantize or config.dtype
     figures: dict = {"checkpoint": loaded.source, "dtype": precision, "data": {}}
-    print_on_main = functools.partial(print, flush=True) if procs.is_main else lambda text: None
-    print_on_main(f"{loaded.source}: {loaded.model.config.num_parameters:,} parameters, {precision}")
+    print_on_main(procs, f"{loaded.source}: {loaded.model.config.num_parameters:,} parameters, {precision}")
     for data in datasets:
         result = evaluate_dataset(loaded.model, data, procs, config.micro_batch_size, config.max_tokens)
-        print_on_main(format_loss(data, result))
-        if isinstance(data, ChatDataset) and config.answers:
-            progress = Progress(min(config.answers, data.meta["val"]["documents"]), "answer", enabled=procs.is_main)
-            answers = answer_questions(loaded.model, data, config.answers, procs, progress)
-            progress.close()
+        print_on_main(procs, format_loss(data, result))
+        if isinstance(data, ChatDataset) and config.max_answers:
+            answers = answer_questions(loaded.model, data, config.max_answers, procs)
             result |= summarize_answers(answers)
-            print_on_main(format_answers(answers, result))
+            print_on_main(procs, format_answers(answers, result))
         figures["data"][str(data.folder)] = result
     if examples:
         progress = Progress(len(examples) * N_ENDINGS, "ending", enabled=procs.is_main)
         result = evaluate_hellaswag(loaded.model, examples, loaded.tokenizer, procs, progress)
         progress.close()
         figures |= result | {"hellaswag_examples": len(examples)}
-        print_on_main(format_hellaswag(result, len(examples)))
-    if config.tasks:
-        from minigpt.tasks import evaluate_tasks, format_tasks
+        print_on_main(procs, format_hellaswag(result, len(examples)))
+    if tasks:
+        from minigpt.tasks import evaluate_tasks
 
-        figures["tasks"] = evaluate_tasks(loaded, config.tasks, procs, config.task_folder, config.max_examples)
-        print_on_main(format_tasks(figures["tasks"]))
+        figures["tasks"] = evaluate_tasks(loaded, tasks, procs, config.max_examples)
+        print_on_main(procs, format_tasks(figures["tasks"]))
     if config.json is not None and procs.is_main:
         append_line(config.json, json.dumps(figures))
         print(f"figures appended to {config.json}")
     procs.close()
 
 
+def print_on_main(procs: Processes, text: str) -> None:
+    """Print on the main process."""
+    if procs.is_main:
+        print(text, flush=True)
+
+
 def check_config(config: Config) -> None:
     """Check the flags before any work starts. Raises `UserError`."""
     for name in ("max_tokens", "max_examples", "micro_batch_size"):
         cli.check_range(name, getattr(config, name), 1)
-    cli.check_range("answers", config.answers, 0)
+    cli.check_range("max_answers", config.max_answers, 0)
     if config.hellaswag_files and (config.tasks or not config.hellaswag):
         raise UserError("--hellaswag_files cannot be combined with --tasks or --no_hellaswag")
     if config.max_examples and not (config.tasks or config.hellaswag):
-        raise UserError("--max_examples needs HellaSwag or --tasks: omit --no_hellaswag")
+        raise UserError("--max_examples is for HellaSwag and --tasks: give --tasks, or omit --no_hellaswag")
     if config.task_folder and not config.tasks:
-        raise UserError("--task_folder needs --tasks, the names of the tasks in it")
+        raise UserError("--task_folder needs --tasks: name the tasks to run")
     if config.task_folder and not config.task_folder.is_dir():
         raise UserError(f"--task_folder {config.task_folder}: no such folder")
     if config.tasks and importlib.util.find_spec("lm_eval") is None:
@@ -125,6 +133,15 @@ def check_config(config: Config) -> None:
         with open(config.json, "a") as file:  # fails now rather than at the end
             if not file.seekable():
                 raise UserError(f"--json {config.json} is not a regular file: name a file to append to")
+
+
+def load_tasks(config: Config, procs: Processes) -> list:
+    """Load the tasks of lm_eval, which is imported only if there are any. Raises `UserError`."""
+    if config.task_folder is None:
+        print_on_main(procs, "indexing lm_eval's tasks (about 20 s)")
+    from minigpt import tasks
+
+    return tasks.load_tasks(config.tasks, config.task_folder)
 
 
 def open_datasets(config: Config, loaded: PretrainedModel, procs: Processes) -> Iterator[Dataset]:
@@ -182,16 +199,15 @@ def format_loss(data: Dataset, result: dict) -> str:
 
 
 def format_answers(answers: list[Answer], result: dict) -> str:
-    """Return the scores of the answers, and three of them."""
+    """Return the scores and three sample answers as text."""
     lines = [
         f"{len(answers)} answers: Rouge-L {result['rouge_l']:.1f} (standard error {result['rouge_l_stderr']:.1f};"
-        f" published for GPT-2 120M on Dolly: 23.3), {result['ended']:.0%} end by themselves"
+        f" MiniLLM's GPT-2 120M on Dolly: {DOLLY_ROUGE_L}), {result['finished']:.0f} % finished"
     ]
     for answer in answers[:: max(1, len(answers) // 3)][:3]:
-        texts = {"question": answer.question, "answer": answer.answer, "reference": answer.reference}
-        for name, text in texts.items():
-            short = textwrap.shorten(cli.strip_control_chars(text), 200, placeholder=" ...")
-            lines.append(f"    {name:<10} {short}")
+        for name in ("question", "answer", "reference"):
+            text = textwrap.shorten(cli.strip_control_chars(getattr(answer, name)), 200, placeholder=" ...")
+            lines.append(f"    {name:<10} {text}".rstrip())
     return "\n".join(lines)
 
 
@@ -205,6 +221,18 @@ def format_hellaswag(result: dict, n_examples: int) -> str:
     lines = [f"HellaSwag, {n_examples:,} examples"]
     lines += [f"    {labels[key]:<42}{result[key]:>7.2%} ± {result[key + '_stderr']:.2%}" for key in labels]
     lines += [f"    {name + ', normalised by tokens':<42}{value:>7.2%}" for name, value in REFERENCE_ACCURACY.items()]
+    return "\n".join(lines)
+
+
+def format_tasks(metrics: dict[str, dict[str, float]]) -> str:
+    """Return the table of metrics, with published ones."""
+    lines = [f"{'task':<24} {'metric':<20} {'value':>10} {'standard error':>16} {'GPT-2 124M':>12}"]
+    for task, values in metrics.items():
+        for name in values:
+            if not name.endswith("_stderr"):
+                stderr = f"{values[f'{name}_stderr']:.4f}" if f"{name}_stderr" in values else ""
+                published = REFERENCE_ACC_NORM.get(task, "") if name == "acc_norm" else ""
+                lines.append(f"{task:<24} {name:<20} {values[name]:>10.4f} {stderr:>16} {published:>12}".rstrip())
     return "\n".join(lines)
 
 

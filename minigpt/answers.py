@@ -1,10 +1,9 @@
-"""How well a chat model answers the validation questions of a dataset: Rouge-L against the answers of the dataset."""
+"""Answer the validation questions of a chat dataset, scored with Rouge-L against the dataset's answers."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 from minigpt.cli import Progress
 from minigpt.dataset import ChatDataset
@@ -19,43 +18,44 @@ MAX_TOKENS = 256  # of an answer
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, the model's answer and the dataset's.
+    """A question with the model's answer and the reference answer.
 
     Attributes:
-        ended: whether the answer ended by itself, before the limit.
-        rouge_l: F-measure of the longest common subsequence of words (Lin, 2004), from 0 to 1.
+        finished: whether the model ended the answer within the limit.
+        rouge_l: F-measure of the longest common subsequence of words (Lin, 2004), in percent.
     """
 
     question: str
     answer: str
     reference: str
-    ended: bool
+    finished: bool
     rouge_l: float
 
 
-def answer_questions(
-    model: GPT, data: ChatDataset, n_questions: int, procs: Processes, progress: Progress | None = None
-) -> list[Answer]:
-    """Answer validation questions with the most likely tokens; the same on any number of processes.
+def answer_questions(model: GPT, data: ChatDataset, max_answers: int, procs: Processes) -> list[Answer]:
+    """Answer validation questions with greedy decoding; all processes return the same answers.
 
     The questions are the first ones of conversations that are evenly spaced over the split. An answer is limited to 256
     tokens and to the model's context.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # takes seconds to import
+
     n_conversations = len(data.arrays["val"][2]) - 1
-    chosen = np.linspace(0, n_conversations, min(n_questions, n_conversations), endpoint=False).astype(int).tolist()
+    n_answers = min(max_answers, n_conversations)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    answers = []
-    for conversation in chosen[procs.rank :: procs.world_size]:
-        prompt, reference_tokens = split_conversation(data, conversation)
-        answer, ended = generate_answer(model, data.tokenizer, prompt)
-        question = data.tokenizer.decode(token for token in prompt if token < data.tokenizer.end_of_text)
+    progress = Progress(n_answers, "answer", enabled=procs.is_main)
+
+    def answer(i: int) -> Answer:
+        prompt, reference_tokens = split_conversation(data, i * n_conversations // n_answers)
+        text, finished = generate_answer(model, data.tokenizer, prompt)
         reference = data.tokenizer.decode(reference_tokens)
-        rouge_l = scorer.score(reference, answer)["rougeL"].fmeasure
-        answers.append(Answer(question, answer, reference, ended, rouge_l))
-        if progress is not None:
-            progress.update(min(procs.world_size, len(chosen) - progress.done))
-    shares = procs.all_gather(answers)
-    return [shares[i % procs.world_size][i // procs.world_size] for i in range(len(chosen))]
+        progress.update(min(procs.world_size, n_answers - progress.done))
+        rouge_l = 100 * scorer.score(reference, text)["rougeL"].fmeasure
+        return Answer(last_message(data.tokenizer, prompt), text, reference, finished, rouge_l)
+
+    answers = procs.map(answer, range(n_answers))
+    progress.close()
+    return answers
 
 
 def split_conversation(data: ChatDataset, conversation: int) -> tuple[list[int], list[int]]:
@@ -68,18 +68,24 @@ def split_conversation(data: ChatDataset, conversation: int) -> tuple[list[int],
     return tokens[:start], tokens[start:end]
 
 
+def last_message(tokenizer: Tokenizer, prompt: list[int]) -> str:
+    """Return the text of the last message before the token that starts the reply."""
+    *_, start, end = [i for i, token in enumerate(prompt[:-1]) if token >= tokenizer.end_of_text]  # role, end of turn
+    return tokenizer.decode(prompt[start + 1 : end])
+
+
 def generate_answer(model: GPT, tokenizer: Tokenizer, prompt: list[int]) -> tuple[str, bool]:
-    """Return the answer to a prompt, and whether it ended by itself."""
-    limit = min(MAX_TOKENS, model.config.block_size - len(prompt) + 1)
+    """Return the answer to a prompt, and whether it was finished within the limit."""
+    max_tokens = min(MAX_TOKENS, model.config.block_size - len(prompt) + 1)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0)
     generator = make_generator(0, model.wte.weight.device)
-    params = SamplingParams(max_tokens=limit, temperature=0)
-    *pieces, [rest] = (piece for piece in stream_text(model, tokenizer, prompt, params, generator))
+    *pieces, [rest] = stream_text(model, tokenizer, prompt, params, generator)
     return "".join(piece or "" for [piece] in pieces) + (rest or ""), rest is None
 
 
 def summarize_answers(answers: list[Answer]) -> dict[str, float]:
-    """Return the mean Rouge-L in percent, its standard error, and the fraction of answers that ended by themselves."""
-    scores = [100 * answer.rouge_l for answer in answers]
+    """Return the mean Rouge-L in percent, its standard error, the finished answers in percent, and their number."""
+    scores = [answer.rouge_l for answer in answers]
     stderr = float(np.std(scores, ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
-    ended = sum(answer.ended for answer in answers) / len(answers)
-    return {"rouge_l": float(np.mean(scores)), "rouge_l_stderr": stderr, "ended": ended, "answers": len(answers)}
+    finished = 100 * sum(answer.finished for answer in answers) / len(answers)
+    return {"rouge_l": float(np.mean(scores)), "rouge_l_stderr": stderr, "finished": finished, "answers": len(answers)}

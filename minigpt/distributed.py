@@ -6,7 +6,7 @@ import gc
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -54,11 +54,16 @@ class Processes:
         return tensor
 
     def all_gather(self, value: Any) -> list:
-        """Return the values that the processes pass, in the order of their ranks."""
+        """Gather a picklable value from every process; return them in the order of the ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def map(self, function: Callable[[Any], Any], items: Sequence) -> list:
+        """Apply a function to every item, each process to its share. All processes return all results, in order."""
+        shares = self.all_gather([function(item) for item in items[self.rank :: self.world_size]])
+        return [shares[i % self.world_size][i // self.world_size] for i in range(len(items))]
 
     def all_equal(self, value: Any) -> bool:
         """Return whether all processes pass the same value."""

@@ -2,12 +2,14 @@
 
     python prepare_tokenizer.py --vocab_size 2048 --out data/recipe_tokenizer
     python prepare_fineweb.py --tokenizer data/recipe_tokenizer --max_tokens 38000000 --out data/recipe
+    python prepare_dolly.py --tokenizer data/recipe_tokenizer --block_size 256 --out data/recipe_dolly
     python tests/recipe.py              # all runs that docs/recipe.jsonl does not have yet; hours on a CPU
     python tests/recipe.py 1M/muon      # only the runs with this prefix
 
-Every run of a size sees the same tokens in the same order. Each CPU core trains one run. Run the command again to
-resume; at the end, a table is printed. Each result is a line of docs/recipe.jsonl: the run's name, the validation loss
-after each number of tokens, and for finetuning the figures of evaluate.py.
+Every run of a size sees the same tokens in the same order. Runs train in parallel, one per CPU core; the finetuning
+runs follow when all others are done. Run the command again to resume; at the end, a table is printed. Each result is a
+line of docs/recipe.jsonl: the run's name, the validation loss after each number of tokens, and for finetuning the
+figures of evaluate.py.
 """
 
 import itertools
@@ -17,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +90,7 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
 
 
 def list_finetuning() -> Iterator[dict]:
-    """Yield the flags that differ from `list_jobs`'s."""
+    """Yield the flags that differ from the defaults in `list_jobs`."""
     for lr in (1e-4, 3e-4, 1e-3, 3e-3):
         yield {"lr": lr}
     yield {"dropout": 0.0}
@@ -136,7 +138,7 @@ def read_results() -> dict[str, list[list[float]]]:
 
 
 def tokens_to_reach(target: float, curve: list[list[float]]) -> float:
-    """Return the tokens after which a curve falls to a loss, interpolated; infinite if it does not."""
+    """Return the number of tokens at which a curve first reaches a loss, interpolated; infinite if it never does."""
     for (tokens, loss), (next_tokens, next_loss) in itertools.pairwise(curve):
         if next_loss <= target:
             return tokens + (next_tokens - tokens) * (loss - target) / (loss - next_loss)
@@ -144,16 +146,19 @@ def tokens_to_reach(target: float, curve: list[list[float]]) -> float:
 
 
 def print_table(results: dict[str, list[list[float]]]) -> None:
-    """Print the runs, the last loss of each, and where it reaches the last loss of the best AdamW run of its size."""
-    for size in SIZES:
+    """Print the last loss of each run, and the fraction of the tokens at which it reaches that of the best AdamW run.
+
+    The best AdamW run is that of the same size with the default number of steps.
+    """
+    for size, flags in SIZES.items():
         runs = {name: curve for name, curve in results.items() if name.startswith(f"{size}/")}
-        adamw = [curve for name, curve in runs.items() if "muon" not in name]
-        if not adamw:
+        n_tokens = flags["steps"] * SHARED["batch_tokens"]
+        targets = [c[-1][1] for name, c in runs.items() if "muon" not in name and c[-1][0] == n_tokens]
+        if not targets:
             continue
-        best = min(adamw, key=lambda curve: curve[-1][1])
         print("\n| run | tokens | last loss | reaches the best AdamW's loss at |\n|---|---|---|---|")
         for name, curve in sorted(runs.items(), key=lambda item: item[1][-1][1]):
-            fraction = tokens_to_reach(best[-1][1], curve) / best[-1][0]
+            fraction = tokens_to_reach(min(targets), curve) / n_tokens
             reached = f"{fraction:.2f}" if fraction < math.inf else "-"
             print(f"| {name} | {curve[-1][0] / 1e6:.1f} M | {curve[-1][1]:.3f} | {reached} |")
 
@@ -161,13 +166,14 @@ def print_table(results: dict[str, list[list[float]]]) -> None:
 def main(prefix: str = "") -> None:
     done = read_results()
     RUNS.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [job for job in list_jobs() if job.name.startswith(prefix) and job.name not in done]
-        futures = [pool.submit(train, job) for job in jobs]
-        for future in futures:
+    jobs = [job for job in list_jobs() if job.name.startswith(prefix) and job.name not in done]
+    for script in ("pretrain.py", "finetune.py"):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            futures = [pool.submit(train, job) for job in jobs if job.script == script]
             try:
-                future.result()
-            except subprocess.CalledProcessError:  # or interrupted: do not start the others
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:  # a run failed, or Ctrl-C: do not start the others
                 pool.shutdown(cancel_futures=True)
                 raise
     print_table(read_results())

@@ -54,9 +54,10 @@ def tab(shared_browser):
     shared_browser.driver.switch_to.new_window("tab")
     shared_browser.resize(1100, 700)
     yield shared_browser
-    assert shared_browser.requested_hosts() == {"127.0.0.1"}
+    hosts = shared_browser.requested_hosts()
     shared_browser.driver.close()
     shared_browser.driver.switch_to.window(first)
+    assert hosts == {"127.0.0.1"}
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_any_number_of_processes_gives_the_same_figures(finetuned, examples_file
     flags = ("--checkpoint", finetuned, "--hellaswag_files", examples_file, "--data", text_data, chat_data)
     printed = []
     for n in (1, 2):
-        done = start("evaluate.py", *flags, "--answers", 5, "--json", f"{n}.jsonl", cwd=tmp_path, processes=n)
+        done = start("evaluate.py", *flags, "--max_answers", 5, "--json", f"{n}.jsonl", cwd=tmp_path, processes=n)
         assert "HellaSwag, 50 examples" in done.stdout and "chance" in done.stdout
         printed.append([line for line in done.stdout.splitlines() if line.startswith("    ")])
     one, two = (json.loads((tmp_path / f"{n}.jsonl").read_text()) for n in (1, 2))
@@ -95,7 +95,7 @@ def test_any_number_of_processes_gives_the_same_figures(finetuned, examples_file
 
 
 def test_no_answers(finetuned, chat_data, capsys):
-    evaluate.main(evaluate.Config(str(finetuned), data=(str(chat_data),), answers=0, hellaswag=False))
+    evaluate.main(evaluate.Config(str(finetuned), data=(str(chat_data),), max_answers=0, hellaswag=False))
     printed = capsys.readouterr().out
     assert f"answers in {chat_data}" in printed and "Rouge-L" not in printed
 

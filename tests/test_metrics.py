@@ -191,21 +191,8 @@ def wandb_records(folder: Path, kind: str) -> list[dict]:
 def test_interrupted_run_is_tracked_completely(text_data, tmp_path):
     """After kill -9, steps are logged again; after Ctrl-C, none. At the end each step appears once, except those that
     wandb had not written when it was killed."""
-    args = (
-        "pretrain.py",
-        "--data",
-        text_data,
-        "--out",
-        "run",
-        *LONG,
-        "--steps",
-        60,
-        "--save_every",
-        10,
-        "--val_every",
-        5,
-    )
-    args = (*args, *BOTH)
+    args = ("pretrain.py", "--data", text_data, "--out", "run", *LONG, *BOTH)
+    args += ("--steps", 60, "--save_every", 10, "--val_every", 5)
     run, completed = tmp_path / "run", []
     for step, number, code in ((15, signal.SIGKILL, -9), (25, signal.SIGINT, 75), (35, signal.SIGTERM, 75)):
         process = spawn(*args, cwd=tmp_path)

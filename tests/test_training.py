@@ -20,7 +20,7 @@ from minigpt import distributed, optim
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
-from minigpt.optim import Schedule, build_optimizer, orthogonalize, orthogonalize_shared
+from minigpt.optim import Schedule, build_optimizer, orthogonalize, orthogonalize_distributed
 from minigpt.training import (
     build_schedule,
     choose_micro_batch_size,
@@ -169,7 +169,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
 
 @pytest.mark.parametrize(("world_size", "n_matrices"), [(2, 4), (3, 4), (4, 3)])
 def test_processes_share_the_orthogonalization(monkeypatch, world_size, n_matrices):
-    """All receive the result of one process, also if the matrices do not divide evenly."""
+    """Every process receives the result of one process, even if the matrices do not divide evenly."""
     matrices = torch.randn(n_matrices, 8, 16, generator=torch.Generator().manual_seed(0))
     expected, shares = orthogonalize(matrices), []
 
@@ -182,7 +182,7 @@ def test_processes_share_the_orthogonalization(monkeypatch, world_size, n_matric
         group = mock.Mock(all_gather_into_tensor=all_gather)
         group.get_world_size.return_value, group.get_rank.return_value = world_size, rank
         monkeypatch.setattr(optim, "dist", group)
-        found = orthogonalize_shared(matrices)
+        found = orthogonalize_distributed(matrices)
     torch.testing.assert_close(found, expected)
     assert [len(share) for share in shares] == [math.ceil(n_matrices / world_size)] * world_size
 
