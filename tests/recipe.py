@@ -74,10 +74,10 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
         yield "1M", "muon", {"lr": lr}
     for lr in (4e-3, 8e-3, 2e-3):
         yield "1M", "adamw_wsd", {"lr": lr}
-    for adamw_lr in (8e-3, 2e-3):
+    for adamw_lr in (8e-3, 2e-3, 1.6e-2, 3.2e-2):
         yield "1M", "muon", {"adamw_lr": adamw_lr}
     yield "1M", "muon", {"weight_decay": 0}
-    for steps in (500, 400, 300):
+    for steps in (500, 400):
         yield "1M", "muon", {"steps": steps}
     for lr in (2e-3, 4e-3):
         yield "3M", "reference", {"lr": lr}
