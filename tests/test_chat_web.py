@@ -286,7 +286,11 @@ def test_dataset_names(finetuned):
 @needs_browser
 def test_an_error_is_a_notification(page):
     """The conversation can continue after it."""
-    page.fill("System message", "long " * 480)
+    page.fill("System message", "long")
+    field = page.find("textarea[placeholder='Instructions for the model']")[0]
+    page.driver.execute_script(  # 2,400 characters at once
+        "arguments[0].value = 'long '.repeat(480); arguments[0].dispatchEvent(new Event('input'))", field
+    )
     page.ask("talk")
     page.close_toast("fills the context of 2048 tokens")
     page.fill("System message", "short")
@@ -311,13 +315,13 @@ def test_two_users_at_once(page, served, chatterbox):
     with browser() as other:
         other.resize(1100, 700)
         other.open(served[0])
-        for user, max_tokens in ((page, 600), (other, 40)):
+        for user, max_tokens in ((page, 300), (other, 40)):
             user.fill("Temperature", 0)
             user.fill("Max tokens", max_tokens)
         page.ask("talk")
         other.ask("and me")
         assert other.answer() == generate(chatterbox, "--prompt", "and me", "--temperature", 0, "--max_tokens", 40)
-        assert page.answer() == generate(chatterbox, "--prompt", "talk", "--temperature", 0, "--max_tokens", 600)
+        assert page.answer() == generate(chatterbox, "--prompt", "talk", "--temperature", 0, "--max_tokens", 300)
 
 
 @needs_browser

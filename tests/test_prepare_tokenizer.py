@@ -181,13 +181,13 @@ def make_code(rng: random.Random) -> str:
 
 
 def bits_per_byte(tokenizer: Tokenizer, train_text: str, val_text: str) -> float:
-    """Train a small model for 40 steps of 256 tokens; return its bits per byte on other text."""
+    """Train a small model for 20 steps of 256 tokens; return its bits per byte on other text."""
     torch.manual_seed(0)
     config = GPTConfig(block_size=32, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32)
     model = GPT(config)
     optimizer = build_optimizer(model, 3e-3, 0.1)
     tokens, val_tokens = (torch.tensor(tokenizer.encode(text)) for text in (train_text, val_text))
-    for _ in range(40):
+    for _ in range(20):
         rows = tokens.unfold(0, 33, 1)[torch.randint(len(tokens) - 32, (8,))]
         (model(rows[:, :-1], rows[:, 1:]) / 256).backward()
         optimizer.step()
@@ -202,7 +202,7 @@ def bits_per_byte(tokenizer: Tokenizer, train_text: str, val_text: str) -> float
 @pytest.mark.parametrize("make", [make_greek, make_code])
 def test_an_own_vocabulary_has_the_lowest_bits_per_byte_at_equal_training(tmp_path, gpt2_tokenizer, make):
     rng = random.Random(0)
-    train_text, val_text = ("".join(make(rng) for _ in range(n)) for n in (3000, 100))
+    train_text, val_text = ("".join(make(rng) for _ in range(n)) for n in (1000, 30))
     (tmp_path / "text.txt").write_text(train_text)
     flags = {"files": (str(tmp_path / "text.txt"),), "out": tmp_path / "tokenizer"}
     prepare_tokenizer.main(prepare_tokenizer.Config(vocab_size=512, **flags))
