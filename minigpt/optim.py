@@ -99,7 +99,7 @@ class Muon(torch.optim.AdamW):
 def orthogonalize_distributed(matrices: Tensor) -> Tensor:
     """Return `orthogonalize(matrices)`; each process computes a share and receives those of the others.
 
-    This saves 2 to 3 % of a GPT-2 124M step on eight GPUs, see docs/recipe.md.
+    By calculation, this saves 2 to 3 % of a GPT-2 124M step on eight GPUs, see docs/recipe.md.
     """
     if not dist.is_initialized():
         return orthogonalize(matrices).to(matrices.dtype)

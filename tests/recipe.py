@@ -118,7 +118,7 @@ def train(job: Job) -> None:
         result = {"name": job.name, "val_loss": read_losses(out)}
         if job.script == "finetune.py":
             file = out / "figures.jsonl"
-            flags = ("--checkpoint", out, "--data", job.flags["data"], "--no_hellaswag", "--answers", "250")
+            flags = ("--checkpoint", out, "--data", job.flags["data"], "--no_hellaswag", "--max_answers", "250")
             subprocess.run([sys.executable, ROOT / "evaluate.py", *flags, "--json", file], **options)
             result["answers"] = json.loads(file.read_text().splitlines()[-1])["data"][str(job.flags["data"])]
     print(f"{job.name}: {result['val_loss'][-1][1]:.3f}", flush=True)

@@ -38,7 +38,7 @@ def test_answers_are_those_of_generate(finetuned, chat_data, run_script):
 
 
 def test_questions_are_spread_over_the_split(chatterbox, tmp_path):
-    """An endless answer stops at the limit, and a question with several answers is asked once."""
+    """Answers stop at the token limit. Of each conversation, only the first question is asked."""
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
     first = {"role": "system", "content": "Be kind."}
     records = [{"messages": [first, {"role": "user", "content": f"no. {i}"}, *turns[1:]]} for i in range(10)]

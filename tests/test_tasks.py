@@ -38,11 +38,12 @@ metric_list:
 
 @pytest.fixture
 def task_folder(tmp_path) -> Path:
-    """Return a folder with the task "ships", on HellaSwag-like examples in validation.jsonl."""
+    """Return a folder with the task "ships", on HellaSwag-like examples in validation.jsonl, and the group "fleet"."""
     file = write_examples(tmp_path / "validation.jsonl")
     (tmp_path / "tasks").mkdir()
     task = TASK.replace("FILE", str(file)).replace("CACHE", str(tmp_path / "cache"))
     (tmp_path / "tasks" / "ships.yaml").write_text(task)
+    (tmp_path / "tasks" / "fleet.yaml").write_text("group: fleet\ntask: [ships]\n")
     return tmp_path / "tasks"
 
 
@@ -124,9 +125,9 @@ def test_evaluate_runs_a_task(pretrained, task_folder, run_script, tmp_path, cap
     assert "HellaSwag" not in printed
 
 
-def test_max_examples_limits_each_task(pretrained, task_folder, tmp_path):
-    config = Config(str(pretrained), data=(), tasks=("ships",), task_folder=task_folder, max_examples=10)
-    evaluate.main(replace(config, json=tmp_path / "figures.jsonl"))
+def test_max_examples_limits_each_task_of_a_group(pretrained, task_folder, tmp_path):
+    config = Config(str(pretrained), data=(), tasks=("fleet",), task_folder=task_folder, max_examples=10)
+    evaluate.main(replace(config, json=tmp_path / "figures.jsonl", quantize="int8"))
     result = json.loads((tmp_path / "figures.jsonl").read_text())["tasks"]["ships"]
     assert 0 < result["acc"] < 1
     assert result["acc_stderr"] == pytest.approx((result["acc"] * (1 - result["acc"]) / 9) ** 0.5)
@@ -146,7 +147,8 @@ def test_mistakes_are_explained(pretrained, task_folder, tmp_path):
             evaluate.main(Config(str(pretrained), data=(), tasks=tasks, **flags))
         return str(raised.value)
 
-    assert error("boats", task_folder=task_folder) == f"--tasks boats: no such task; {task_folder} has ships"
+    assert error("boats", task_folder=task_folder) == f"--tasks boats: no such task; {task_folder} has fleet, ships"
+    assert "Duplicate task 'ships'" in error("fleet", "ships", task_folder=task_folder)
     assert "no such folder" in error("ships", task_folder=tmp_path / "none")
     assert "--task_folder needs --tasks" in error(task_folder=task_folder)
     assert "cannot be combined" in error("ships", hellaswag_files=("x.jsonl",))
