@@ -189,7 +189,7 @@ def format_training(training: dict) -> str:
         "validation loss, nats per token": f"{loss:.4f}" if loss is not None else "not measured",
     }
     config = config | (training.get("schedule") or {})  # the default warmup is not a flag's value
-    names = ("batch_tokens", "optimizer", "lr", "adamw_lr", "schedule", "warmup_steps", "weight_decay", "grad_clip")
+    names = ("batch_tokens", "optimizer", "lr", "embedding_lr", "schedule", "warmup_steps", "weight_decay", "grad_clip")
     names += ("decay_fraction", "dropout", "seed") if config.get("schedule") == "wsd" else ("dropout", "seed")
     rows |= {name: config[name] for name in names if config.get(name) is not None}
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())

@@ -65,7 +65,7 @@ def main(config: Config) -> None:
     run = Run(config, data, procs, training.build_schedule(config, steps), initial.history, resumed)
 
     model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
-    optimizer = build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.adamw_lr)
+    optimizer = build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.embedding_lr)
     step = run.resume(model, optimizer)
     micro_batch_size = training.choose_micro_batch_size(config, run.saved_flags, model, data, optimizer, procs)
     config = run.config = replace(config, micro_batch_size=micro_batch_size)

@@ -169,7 +169,7 @@ def build_model(
     """Return the initial model and its optimiser."""
     torch.manual_seed(config.seed)
     model = GPT(replace(model_config, vocab_size=data.tokenizer.vocab_size)).to(procs.device)
-    return model, build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.adamw_lr)
+    return model, build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.embedding_lr)
 
 
 def print_summary(config: Config, data: TokenDataset, model: GPT, batch_size: int, procs: Processes) -> None:

@@ -21,30 +21,30 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def build_optimizer(
-    model: GPT, lr: float, weight_decay: float, name: str = "adamw", adamw_lr: float | None = None
+    model: GPT, lr: float, weight_decay: float, name: str = "adamw", embedding_lr: float | None = None
 ) -> torch.optim.AdamW:
     """Return fused AdamW (Loshchilov & Hutter, 2019) with GPT-3's betas, or `Muon` for the matrices of the blocks.
 
-    Weight decay is for 2-D parameters only; with Muon, for the matrices of the blocks only.
-
     Args:
+        weight_decay: of 2-D parameters only; with Muon, of the matrices of the blocks only.
         name: "adamw" or "muon".
-        adamw_lr: with Muon, the learning rate of the parameters that AdamW trains; default: `lr`.
+        embedding_lr: the learning rate of embeddings, biases and LayerNorms; default: `lr`.
     """
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms
-    options = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
-    if name == "adamw":
-        decayed = [p for p in model.parameters() if p.dim() >= 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors}]
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, **options)
+    is_muon = name == "muon"
     matrices = [p for p in model.h.parameters() if p.dim() >= 2]
     embeddings = [model.wte.weight, model.wpe.weight]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms
+    lr_ratio = (embedding_lr or lr) / lr
     groups = [
-        {"params": matrices, "weight_decay": weight_decay, "is_muon": True},
-        {"params": embeddings + vectors, "lr_ratio": (adamw_lr or lr) / lr},
+        {"params": matrices, "weight_decay": weight_decay, "is_muon": is_muon},
+        {"params": embeddings, "weight_decay": 0.0 if is_muon else weight_decay, "lr_ratio": lr_ratio},
+        {"params": vectors, "weight_decay": 0.0, "lr_ratio": lr_ratio},
     ]
+    options = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    if not is_muon:
+        return torch.optim.AdamW(groups, **options)
     n_splits = {block.attn.c_attn.weight: 3 for block in model.h}  # query, key and value are matrices of their own
-    return Muon(groups, n_splits, lr=lr, weight_decay=0.0, **options)
+    return Muon(groups, n_splits, **options)
 
 
 class Muon(torch.optim.AdamW):

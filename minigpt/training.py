@@ -47,8 +47,8 @@ class TrainConfig:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others."""
     warmup_steps: int | None = resumable(None)
     """Steps with linear warmup of the learning rate; default: 4 % of the steps at the first start."""
-    adamw_lr: float | None = None
-    """Peak learning rate of the parameters that AdamW trains, with --optimizer muon; default: --lr."""
+    embedding_lr: float | None = None
+    """Peak learning rate of embeddings, biases and LayerNorms; default: --lr."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Learning rate after the warmup: a cosine down to a tenth, or constant, then a linear decay to 0 (wsd)."""
     decay_fraction: float = 0.3
@@ -83,10 +83,8 @@ def check_train_config(config: TrainConfig) -> None:
     check_range("steps", config.steps, 1)
     check_range("warmup_steps", config.warmup_steps, 0)
     check_range("weight_decay", config.weight_decay, 0)
-    check_range("adamw_lr", config.adamw_lr, 0, 1, open_low=True)
+    check_range("embedding_lr", config.embedding_lr, 0, 1, open_low=True)
     check_range("decay_fraction", config.decay_fraction, 0, 1)
-    if config.adamw_lr is not None and config.optimizer != "muon":
-        raise UserError("--adamw_lr is for --optimizer muon; otherwise --lr is for all parameters")
     if config.decay_fraction != TrainConfig.decay_fraction and config.schedule != "wsd":
         raise UserError("--decay_fraction is for --schedule wsd")
     check_range("grad_clip", config.grad_clip, 0, open_low=True)

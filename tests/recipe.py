@@ -33,16 +33,16 @@ RUNS = ROOT / "runs" / "recipe"
 SIZES = {
     "1M": {"n_layer": 4, "n_head": 2, "n_embd": 128, "steps": 1000},
     "3M": {"n_layer": 6, "n_head": 3, "n_embd": 192, "steps": 1500},
-    "10M": {"n_layer": 8, "n_head": 5, "n_embd": 320, "steps": 2000},
+    "10M": {"n_layer": 8, "n_head": 5, "n_embd": 320, "steps": 1000},
 }
 SHARED = {"batch_tokens": 4096, "dtype": "bfloat16", "val_every": 50, "keep": 1}
 PRETRAIN = {"data": ROOT / "data" / "recipe", "model": "demo", "block_size": 256, "val_tokens": 98_304} | SHARED
 ARMS = {
     "reference": {"optimizer": "adamw", "schedule": "cosine"},
     "adamw_wsd": {"optimizer": "adamw", "schedule": "wsd", "decay_fraction": 0.5},
-    "muon": {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.5, "lr": 1e-2, "adamw_lr": 4e-3},
+    "muon": {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.5, "lr": 1e-2, "embedding_lr": 4e-3},
 }
-INITIAL = "1M/muon/steps=10000"  # the run that is finetuned
+INITIAL = "3M/muon/lr=0.01,embedding_lr=0.032"  # the run that is finetuned
 FINETUNE = {"data": ROOT / "data" / "recipe_dolly", "init": RUNS / INITIAL.replace("/", "_")} | SHARED
 
 
@@ -74,19 +74,24 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
         yield "1M", "muon", {"lr": lr}
     for lr in (4e-3, 8e-3, 2e-3):
         yield "1M", "adamw_wsd", {"lr": lr}
-    for adamw_lr in (8e-3, 2e-3, 1.6e-2, 3.2e-2):
-        yield "1M", "muon", {"adamw_lr": adamw_lr}
-    yield "1M", "muon", {"weight_decay": 0}
+    for embedding_lr in (8e-3, 2e-3, 1.6e-2, 3.2e-2, 6.4e-2):
+        yield "1M", "muon", {"embedding_lr": embedding_lr}
     for steps in (500, 400):
         yield "1M", "muon", {"steps": steps}
+    for embedding_lr in (1.6e-2, 3.2e-2):
+        yield "1M", "adamw_wsd", {"lr": 4e-3, "embedding_lr": embedding_lr}
+    for steps in (500, 400):
+        yield "1M", "muon", {"steps": steps, "embedding_lr": 3.2e-2}
+    for changes in ({"lr": 2e-2}, {"lr": 5e-3}, {"weight_decay": 0}):
+        yield "1M", "muon", changes | {"embedding_lr": 3.2e-2}
     for lr in (2e-3, 4e-3):
-        yield "3M", "reference", {"lr": lr}
         yield "3M", "adamw_wsd", {"lr": lr}
     for lr in (1e-2, 5e-3):
-        yield "3M", "muon", {"lr": lr}
-    for changes in ({}, {"weight_decay": 0}):
-        yield "1M", "muon", {"steps": 10_000} | changes
-    yield "1M", "adamw_wsd", {"steps": 10_000, "lr": 4e-3}
+        yield "3M", "muon", {"lr": lr, "embedding_lr": 3.2e-2}
+    for seed in (1, 2):
+        yield "1M", "adamw_wsd", {"lr": 4e-3, "seed": seed}
+        yield "1M", "muon", {"embedding_lr": 3.2e-2, "seed": seed}
+    yield "3M", "reference", {"lr": 2e-3}
 
 
 def list_finetuning() -> Iterator[dict]:
@@ -98,7 +103,7 @@ def list_finetuning() -> Iterator[dict]:
     for epochs in (1, 6):
         yield {"epochs": epochs}
     for lr in (1e-3, 3e-3):
-        yield {"optimizer": "muon", "lr": lr, "adamw_lr": 1e-3}
+        yield {"optimizer": "muon", "lr": lr, "embedding_lr": 1e-3}
 
 
 def format_name(*parts: str | dict) -> str:
@@ -111,7 +116,7 @@ def train(job: Job) -> None:
     """Train a run, or resume it, and append its result."""
     print(f"--- {job.name}", flush=True)
     out = RUNS / job.name.replace("/", "_")
-    arguments = [str(part) for flag, value in job.flags.items() for part in (f"--{flag}", value)]
+    arguments = ["--compile", *(str(part) for flag, value in job.flags.items() for part in (f"--{flag}", value))]
     with open(f"{out}.txt", "a") as log:
         options = {"check": True, "stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
         subprocess.run([sys.executable, ROOT / job.script, "--out", out, *arguments], **options)

@@ -58,7 +58,7 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
     assert f"next: python {ROOT}/generate.py --checkpoint runs/mine --prompt 'Once upon a time'\n" in done.stdout
 
 
-MUON = ("--optimizer", "muon", "--adamw_lr", 1e-3, "--schedule", "wsd", "--decay_fraction", 0.5)
+MUON = ("--optimizer", "muon", "--embedding_lr", 1e-3, "--schedule", "wsd", "--decay_fraction", 0.5)
 
 
 @pytest.mark.parametrize("flags", [(), ("--dropout", 0.2), MUON])
@@ -192,7 +192,6 @@ def test_bfloat16_trains(run_script, text_data, pretrained, tmp_path):
         (("--lr", 0), "--lr is 0.0: it must be above 0"),
         (("--lr", "nan"), "--lr is nan"),
         (("--warmup_steps", -1), "--warmup_steps is -1"),
-        (("--adamw_lr", 1e-3), "--adamw_lr is for --optimizer muon"),
         (("--decay_fraction", 1.5), "--decay_fraction is 1.5"),
         (("--dropout", -0.1), "--dropout is -0.1"),
         (("--weight_decay", -1), "--weight_decay is -1"),
