@@ -15,6 +15,8 @@ memory, and a process pool that runs tiktoken. Our code and its peer take turns 
 Training counts 6 N + 12 L C T operations per token (GPT.flops_per_token in model.py).
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import copy
 import functools
 import importlib.util

@@ -8,6 +8,8 @@ The page needs Gradio (pip install -r requirements-extra.txt) and opens in about
 it gives the same answers as generate.py --chat.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import functools
 import html
 import os

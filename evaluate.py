@@ -12,6 +12,8 @@ model also answers 100 questions from the validation split of its conversations,
 needs requirements-extra.txt.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import importlib.util
 import json
 import math

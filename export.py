@@ -9,6 +9,8 @@ template. Every script that has --checkpoint or --init reads such a folder as we
 finetuned elsewhere. Takes about 10 seconds for GPT-2 124M.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import json
 import shlex
 import tempfile

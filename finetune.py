@@ -9,6 +9,8 @@ The loss covers the assistant's messages only. If a run is interrupted, run the 
 epochs of Dolly-15k are about six hundred steps: minutes on one GPU.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import math
 import shlex
 import time

@@ -11,6 +11,8 @@ A chat model answers the prompt; with --raw it continues the prompt as text, as 
 
 from __future__ import annotations
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

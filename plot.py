@@ -9,6 +9,8 @@ more than a factor of 2, or if learning rate or speed differ by more than a fact
 computed from the logged tokens/s; they exclude validation, checkpoints and pauses.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import io
 from dataclasses import dataclass
 from pathlib import Path

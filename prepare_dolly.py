@@ -20,6 +20,8 @@ The loss covers all messages of the assistant; with prompt and completion, those
 Writes `.npy` arrays and `meta.json` into `--out`, which `finetune.py` reads. Dolly-15k takes less than a minute.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import contextlib
 import json
 import os
@@ -27,8 +29,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -132,20 +135,21 @@ def check_config(config: Config) -> None:
 
 def open_sources(config: Config) -> list[Source]:
     """Return the sources of --mix, the local files, or the dataset on the hub; and those of --val_files."""
+    open_files = partial(FileSource, text_field=None, max_record_mb=config.max_record_mb)
     if config.mix:
-        sources = [parse_mix_item(item) for item in config.mix]
+        sources = [parse_mix_item(item, open_files) for item in config.mix]
     elif config.files:
-        sources = [Source(FileSource(find_files(config.files, SUFFIXES, split=config.split), text_field=None))]
+        sources = [Source(open_files(find_files(config.files, SUFFIXES, split=config.split)))]
     else:
         sources = [Source(HubSource(config.dataset, config.name, split=config.split))]
     if config.val_files:
         sources = [replace(source, split="train") for source in sources]
         val_files = find_files(config.val_files, SUFFIXES, "--val_files")
-        sources.append(Source(FileSource(val_files, text_field=None), split="val"))
+        sources.append(Source(open_files(val_files), split="val"))
     return sources
 
 
-def parse_mix_item(item: str) -> Source:
+def parse_mix_item(item: str, open_files: Callable[[list[Path]], FileSource]) -> Source:
     """Return the source of "mine.jsonl=2": a local path if it exists, else a dataset on the hub."""
     name, _, number = item.rpartition("=")
     weight = float(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number) else 0.0
@@ -153,7 +157,7 @@ def parse_mix_item(item: str) -> Source:
         raise UserError(f"--mix {item}: expected SOURCE=WEIGHT, with a weight above 0 and at most 100")
     hub_name = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?", name)
     if hub_name is None or Path(name).exists() or data_suffix(Path(name)) in SUFFIXES:
-        return Source(FileSource(find_files([name], SUFFIXES, "--mix"), text_field=None), weight)
+        return Source(open_files(find_files([name], SUFFIXES, "--mix")), weight)
     return Source(HubSource(hub_name[1], hub_name[2] or None, split=hub_name[3] or "train"), weight)
 
 

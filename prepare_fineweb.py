@@ -12,6 +12,8 @@ hours, most of it for the download. Memory use does not depend on the size of th
 run the same command again to resume at the last finished shard.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import math
 import shlex
 import shutil

@@ -8,6 +8,8 @@ talk. Each occurs in several conversations. The names in chat_val.jsonl do not o
 the version of the Python interpreter. Takes about 3 seconds.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import ast
 import builtins
 import importlib

@@ -9,6 +9,8 @@ parameters to its layers. Every later script finds the vocabulary in the dataset
 `tokenizer.json`, which transformers reads, and `vocab.tiktoken`, the ranks for tiktoken.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import shlex
 import shutil
 import tempfile

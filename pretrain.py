@@ -10,6 +10,8 @@ If a run is interrupted, run the same command again to resume. The default run, 
 billion tokens; the README estimates its hours and price. The validation loss starts near 10.9.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import shlex
 import shutil
 import statistics

@@ -7,6 +7,8 @@
 Prints one line per checkpoint or dataset. The time is that of reading all files once.
 """
 
+import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
+
 import math
 import sys
 import time

@@ -16,18 +16,20 @@ from minigpt.cli import UserError, plural
 Record = tuple[str, dict]
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")  # all other files are text
-MAX_RECORD_BYTES = 100_000_000  # of a line of JSON; a small archive can hold a line that fills the memory
+MAX_RECORD_MB = 100  # a line of JSON or a CSV field; a small archive can hold a line that fills the memory
 MAX_JSON_BYTES = 2_000_000_000  # of a .json file, which is read into memory whole
-MAX_FIELD_CHARS = 100_000_000  # limits a CSV field: a missing quote makes the rest of the file one field
 BATCH_ROWS = 16  # of a Parquet file, decoded at a time: a small file can hold rows of megabytes
 DOCUMENT_CHARS = (1024, 16_384)  # shortest and longest target length when text files are cut into documents
 
 
-def read_files(files: Sequence[Path], text_field: str | None = "text") -> Iterator[Record]:
+def read_files(
+    files: Sequence[Path], text_field: str | None = "text", max_record_mb: int = MAX_RECORD_MB
+) -> Iterator[Record]:
     """Yield the records of files, one file after the other. Only `.json` files are read into memory whole.
 
     A text file is cut into documents, {text_field: text} each. Of Parquet, Arrow and CSV files this column is required;
-    None accepts any. Raises `UserError` for a corrupt file.
+    None accepts any. Raises `UserError` for a corrupt file, or a line of JSON or a CSV field of more than
+    `max_record_mb`.
     """
     total_bytes = sum(file.stat().st_size for file in files)
     shortest, longest = DOCUMENT_CHARS
@@ -35,11 +37,11 @@ def read_files(files: Sequence[Path], text_field: str | None = "text") -> Iterat
     for file in files:
         suffix = data_suffix(file)
         if suffix == ".jsonl":
-            yield from read_jsonl(file)
+            yield from read_jsonl(file, max_record_mb)
         elif suffix == ".json":
             yield from read_json_list(file)
         elif suffix == ".csv":
-            yield from read_csv(file, text_field)
+            yield from read_csv(file, text_field, max_record_mb)
         elif suffix == ".parquet":
             yield from read_parquet(file, text_field)
         elif suffix == ".arrow":
@@ -54,14 +56,15 @@ def data_suffix(file: Path) -> str:
     return inner if file.suffix in COMPRESSIONS and inner not in ("", ".parquet", ".arrow") else file.suffix
 
 
-def read_jsonl(file: Path) -> Iterator[Record]:
+def read_jsonl(file: Path, max_record_mb: int) -> Iterator[Record]:
     """Yield one record per line; blank lines are skipped."""
+    max_bytes = max_record_mb * 1_000_000
     with open_stream(file) as stream:
-        lines = iter(lambda: stream.readline(MAX_RECORD_BYTES + 1), b"")
+        lines = iter(lambda: stream.readline(max_bytes + 1), b"")
         for number, line in enumerate(lines, start=1):
             location = f"{file} line {number}"
-            if len(line) > MAX_RECORD_BYTES:
-                raise UserError(f"{location}: longer than {MAX_RECORD_BYTES:,} bytes: split this record")
+            if len(line) > max_bytes:
+                raise UserError(f"{location}: longer than {max_record_mb} MB: split it, or raise --max_record_mb")
             if not line.strip():
                 continue
             try:
@@ -93,9 +96,9 @@ def read_json_list(file: Path) -> Iterator[Record]:
         yield f"{file} record {number}", record
 
 
-def read_csv(file: Path, column: str | None) -> Iterator[Record]:
+def read_csv(file: Path, column: str | None, max_record_mb: int) -> Iterator[Record]:
     """Yield the rows of a CSV file by the names in its first line. A quoted value may hold commas and line breaks."""
-    csv.field_size_limit(MAX_FIELD_CHARS)
+    csv.field_size_limit(max_record_mb * 1_000_000)  # a missing quote makes the rest of the file one field
     row = 0
     with open_stream(file) as stream:
         rows = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from minigpt.cli import UserError, check_range, plural
 from minigpt.files import read_json, sha256
-from minigpt.readers import RECORD_SUFFIXES, Record, check_column, data_suffix, read_files
+from minigpt.readers import MAX_RECORD_MB, RECORD_SUFFIXES, Record, check_column, data_suffix, read_files
 
 TEXT_SOURCE_SUFFIXES = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -43,9 +43,12 @@ class SourceConfig:
     """Split of the dataset, or of a folder with several splits saved by datasets.save_to_disk."""
     files: tuple[str, ...] = ()
     """Local files instead of a dataset: paths, folders or globs; all but Parquet also with .gz or .zst."""
+    max_record_mb: int = MAX_RECORD_MB
+    """Longest line of .jsonl files and longest value of .csv files, in MB."""
 
     def check(self, *others: str) -> None:
         """Raise `UserError` if more than one of --files, --dataset and `others` is given, or for invalid values."""
+        check_range("max_record_mb", self.max_record_mb, 1, 1_000_000)
         names = ("dataset", "name") if self.files else ("dataset", "name", "split")
         hub_flags = any(getattr(self, name) != getattr(type(self), name) for name in names)
         if hub_flags + sum(bool(getattr(self, name)) for name in ("files", *others)) > 1:
@@ -87,8 +90,8 @@ class DatasetConfig(SourceConfig):
 class FileSource:
     """Local files as a source that can be resumed."""
 
-    def __init__(self, files: Sequence[Path], text_field: str | None = "text"):
-        self.files, self.text_field, self.position = files, text_field, 0
+    def __init__(self, files: Sequence[Path], text_field: str | None = "text", max_record_mb: int = MAX_RECORD_MB):
+        self.files, self.text_field, self.max_record_mb, self.position = files, text_field, max_record_mb, 0
 
     def metadata(self) -> dict:
         """Return the names, sizes and checksums of the files, for meta.json."""
@@ -96,7 +99,8 @@ class FileSource:
 
     def records(self, position: int | None = None) -> Iterator[Record]:
         """Yield all records, or those after an earlier value of `self.position`, which counts records."""
-        for number, record in enumerate(read_files(self.files, self.text_field), start=1):
+        records = read_files(self.files, self.text_field, self.max_record_mb)
+        for number, record in enumerate(records, start=1):
             self.position = number
             if number > (position or 0):
                 yield record
@@ -177,7 +181,7 @@ def open_text_source(config: TextSourceConfig) -> FileSource | HubSource:
     """Return the local files, or the dataset on the hub. Raises `UserError` if they do not exist."""
     if config.files:
         files = find_files(config.files, (*TEXT_SOURCE_SUFFIXES, *config.text_suffixes), split=config.split)
-        return FileSource(files, config.text_field)
+        return FileSource(files, config.text_field, config.max_record_mb)
     name = config.name or ("sample-10BT" if config.dataset == FINEWEB_EDU else None)
     return HubSource(config.dataset, name, config.text_field, config.split)
 

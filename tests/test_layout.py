@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -74,6 +75,15 @@ def test_scripts_run_in_any_folder(run_script, tmp_path, script):
     done = run_script(Path(ROOT / f"{script}.py"), "--help", cwd=folder, fresh=script == "generate")
     assert done.stdout.startswith(importlib.import_module(script).__doc__.strip().splitlines()[0][:40])
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_during_imports_is_one_line(run_script, tmp_path, script):
+    """The first package that a script imports sends itself the signal."""
+    for package in ("datasets", "matplotlib", "numpy", "torch", "tyro"):
+        (tmp_path / f"{package}.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    done = run_script(f"{script}.py", expect=-signal.SIGINT, fresh=True, env={"PYTHONPATH": str(tmp_path)})
+    assert done.stderr == "error: interrupted\n"
 
 
 @pytest.mark.parametrize("script", DISTRIBUTED_SCRIPTS)

@@ -22,6 +22,8 @@ from conftest import ROOT, error_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import prepare_dolly
+import prepare_fineweb
 from minigpt import readers
 from minigpt.cli import UserError
 from minigpt.readers import read_files
@@ -572,9 +574,31 @@ def test_an_error_without_a_message_is_named_by_its_type():
 
 @pytest.mark.parametrize(("name", "message"), [("a.jsonl.gz", "line 2: longer than"), ("a.json.gz", "more than")])
 def test_a_small_archive_of_a_huge_record_is_refused(tmp_path, monkeypatch, name, message):
-    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1000)
     monkeypatch.setattr(readers, "MAX_JSON_BYTES", 1000)
     (tmp_path / name).write_bytes(gzip.compress(b'{"text": "short"}\n' + b"0" * 10_000_000))
     with pytest.raises(UserError, match=message) as error:
-        list(read_files([tmp_path / name]))
+        list(read_files([tmp_path / name], max_record_mb=1))
     assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["files", "mix", "val_files"])
+def test_a_longer_record_needs_a_flag(prepare_in_process, tmp_path, flag):
+    turns = [{"role": "user", "content": "a" * 1_500_000}, {"role": "assistant", "content": "b"}]
+    lines = [json.dumps({"messages": turns}), *[json.dumps({"messages": [turns[1] | {"role": "user"}, turns[1]]})] * 2]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    (tmp_path / "short.jsonl").write_text("\n".join(lines[1:]))
+    files, flags = ("long.jsonl",), {"val_fraction": 0.5}
+    if flag == "mix":
+        files, flags = (), flags | {"mix": ("long.jsonl=1",)}
+    elif flag == "val_files":
+        files, flags = ("short.jsonl",), {"val_files": ("long.jsonl",)}
+    with pytest.raises(UserError, match=r"long\.jsonl line 1: longer than 1 MB: split it, or raise --max_record_mb"):
+        prepare_in_process(prepare_dolly, *files, **flags, max_record_mb=1)
+    prepare_in_process(prepare_dolly, *files, **flags, max_record_mb=2)
+
+
+def test_a_longer_csv_value_needs_a_flag(prepare_in_process, tmp_path):
+    (tmp_path / "long.csv").write_text("text\n" + f"{'a b ' * 300_000}\n{'b c ' * 300_000}\n")
+    with pytest.raises(UserError, match=r"long\.csv near row 1: malformed CSV: field larger than field limit"):
+        prepare_in_process(prepare_fineweb, "long.csv", val_fraction=0.5, max_record_mb=1)
+    prepare_in_process(prepare_fineweb, "long.csv", val_fraction=0.5, max_record_mb=2)

@@ -90,9 +90,10 @@ def test_step_sets_the_learning_rate():
 
 
 def test_weight_decay_on_matrices_only():
-    decayed, plain = build_optimizer(small_model(), 1e-3, 0.1).param_groups
-    assert decayed["weight_decay"] == 0.1 and all(p.dim() >= 2 for p in decayed["params"])
-    assert plain["weight_decay"] == 0.0 and all(p.dim() == 1 for p in plain["params"])
+    matrices, embeddings, vectors = build_optimizer(small_model(), 1e-3, 0.1).param_groups
+    assert (matrices["weight_decay"], embeddings["weight_decay"], vectors["weight_decay"]) == (0.1, 0.1, 0.0)
+    assert all(p.dim() == 2 for p in [*matrices["params"], *embeddings["params"]])
+    assert all(p.dim() == 1 for p in vectors["params"])
 
 
 def test_validation_is_the_exact_mean_and_leaves_no_trace():
@@ -189,20 +190,21 @@ def test_processes_share_the_orthogonalization(monkeypatch, world_size, n_matric
 
 def test_muon_trains_the_matrices_of_the_blocks():
     model = small_model()
-    muon, adamw = build_optimizer(model, 1e-2, 0.1, "muon", 4e-3).param_groups
+    muon, *adamw = build_optimizer(model, 1e-2, 0.1, "muon", 4e-3).param_groups
     names = {p: name for name, p in model.named_parameters()}
     assert {names[p].split(".", 2)[2] for p in muon["params"]} == {
         *("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     }
-    assert len(muon["params"]) + len(adamw["params"]) == len(names)
-    assert (muon["weight_decay"], adamw["weight_decay"], adamw["lr_ratio"]) == (0.1, 0.0, 0.4)
+    assert len(muon["params"]) + sum(len(group["params"]) for group in adamw) == len(names)
+    assert [group["weight_decay"] for group in (muon, *adamw)] == [0.1, 0.0, 0.0]
 
 
-def test_the_learning_rates_keep_their_ratio():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_learning_rates_keep_their_ratio(name):
     model = small_model()
-    optimizer = build_optimizer(model, 1e-2, 0.1, "muon", 4e-3)
+    optimizer = build_optimizer(model, 1e-2, 0.1, name, 4e-3)
     train_step(model, [ragged_batch(2)], optimizer, 5e-3, 1.0, ALONE)
-    assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 2e-3]
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 2e-3, 2e-3]
 
 
 def test_wsd_schedule():
