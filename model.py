@@ -286,16 +286,7 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, positions, cache)
         if targets is None:
             return self.logits(hidden)
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if self.lm_head is not None:  # prepared for inference: no gradients
-            chunks = zip(hidden.split(1024), targets.split(1024), strict=True)
-            losses = [F.cross_entropy(self.logits(h).float(), t, reduction="sum") for h, t in chunks]
-            return torch.stack(losses).sum()
-        weight = self.wte.weight
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        return LinearCrossEntropy.apply(hidden, weight, targets, self.config.vocab_size, torch.is_grad_enabled())
+        return self.loss(hidden.flatten(0, 1), targets.flatten())
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Return the final hidden states (B, T, C), after the last LayerNorm. Arguments are those of `forward`."""
@@ -310,6 +301,8 @@ class GPT(nn.Module):
             positions, mask = torch.arange(length, device=tokens.device), None
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
+        if torch.is_autocast_enabled(x.device.type):  # a residual stream of half the bytes
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.h:
             x = block(x, mask, cache)
         return self.ln_f(x)
@@ -318,6 +311,18 @@ class GPT(nn.Module):
         """Return the logits (..., V) of hidden states (..., C), without the padding of the vocabulary."""
         logits = F.linear(hidden, self.wte.weight) if self.lm_head is None else self.lm_head(hidden)
         return logits[..., : self.config.vocab_size]
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy in nats, summed over the targets that count. hidden: (N, C); targets: (N,)."""
+        if self.lm_head is not None:  # prepared for inference: no gradients
+            chunks = zip(hidden.split(1024), targets.split(1024), strict=True)
+            losses = [F.cross_entropy(self.logits(h).float(), t, reduction="sum") for h, t in chunks]
+            return torch.stack(losses).sum()
+        weight = self.wte.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        return LinearCrossEntropy.apply(hidden, weight, targets, self.config.vocab_size, torch.is_grad_enabled())
 
     def flops_per_token(self, T: int | None = None) -> int:
         """Return the floating-point operations of one training step per token of a T-token row: 6 N + 12 L C T.

@@ -1,6 +1,7 @@
 """The processes of a training run: ranks, device, precision, communication, and wrapping the model for DDP."""
 
 import contextlib
+import copy
 import ctypes
 import gc
 import os
@@ -210,10 +211,23 @@ def tune_malloc() -> None:
 
 def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
     """Compile the model and wrap it for DDP, as needed. The result shares the weights of `model`."""
-    wrapped: nn.Module = torch.compile(model, dynamic=False) if compile else model
+    wrapped: nn.Module = compile_blocks(model) if compile else model
     if procs.world_size > 1:
         device_ids = [procs.device.index] if procs.device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids, gradient_as_bucket_view=True)
     gc.collect()
     gc.freeze()  # all objects so far live to the end: exclude them from later garbage collections
     return wrapped
+
+
+def compile_blocks(model: GPT) -> GPT:
+    """Return a model with the same weights whose blocks and loss are compiled.
+
+    All blocks share one compilation, so the first step takes less than half the time of a model that is compiled whole.
+    """
+    compiled = copy.copy(model)
+    options = {"fullgraph": True, "dynamic": False}
+    blocks = nn.ModuleList(torch.compile(block, **options) for block in model.h)
+    compiled._modules = model._modules | {"h": blocks}  # a module's copy shares this dict
+    compiled.loss = torch.compile(model.loss, **options)
+    return compiled
