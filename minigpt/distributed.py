@@ -7,9 +7,13 @@ import gc
 import os
 import resource
 import signal
+import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,8 +119,11 @@ class Processes:
 def init_processes(device: str | None, dtype: str | None, deterministic: bool = False) -> Processes:
     """Join the process group that `torchrun` starts, if any: nccl on GPUs, gloo elsewhere."""
     if deterministic:
+        import torch._inductor.config as inductor_config
+
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by use_deterministic_algorithms
         torch.use_deterministic_algorithms(True)
+        inductor_config.deterministic = True  # choose kernels without timing them
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         stop_with_launcher()
@@ -128,6 +135,8 @@ def init_processes(device: str | None, dtype: str | None, deterministic: bool = 
     elif found.type == "cpu":
         tune_malloc()
     if world_size > 1:
+        if rank == 0:
+            warn_of_restarts()
         store = rendezvous(rank, world_size)
         backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
@@ -141,9 +150,10 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     """
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-        # After a restart torchrun passes the store that still has the addresses of the dead processes. A prefix for
-        # each attempt hides them (pytorch issue 135712).
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # After a restart, torchrun passes the store that still has the addresses of the dead processes (pytorch
+            # issue 135712). A prefix hides them. On several machines the counts can differ, see `warn_of_restarts`.
+            store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set(f"started_{rank}", "")
         store.wait([f"started_{other}" for other in range(world_size)], START_TIMEOUT)
     except dist.DistError as error:
@@ -155,12 +165,45 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     return store
 
 
+def warn_of_restarts() -> None:
+    """Warn if the processes of several machines could not meet again after torchrun has restarted them."""
+    several_machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    if several_machines and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        print(
+            "warning: with several machines, restarts work only if TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set for"
+            " torchrun on each of them",
+            file=sys.stderr,
+        )
+
+
+def restarts_on_failure() -> bool:
+    """Return whether torchrun would start this process again if it failed."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def seconds_since_launch() -> float:
+    """Return the seconds since torchrun started, which outlives restarts, or without torchrun since this process did.
+
+    Without Linux's /proc, return 0.
+    """
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    ticks = int(fields[19])  # starttime in man 5 proc, counted from the start of the machine
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def stop_with_launcher() -> None:
-    """Let Linux send SIGTERM to this process when torchrun ends, also by `kill -9`, so that no process is orphaned."""
+    """Let Linux send a signal to this process when torchrun ends, also by `kill -9`, so that no process is orphaned.
+
+    SIGTERM stops the run. With restarts it is SIGKILL: the torchruns of the other machines then start the run again.
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     launcher = os.getppid()
     if prctl is not None and launcher != 1:
-        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        prctl(1, signal.SIGKILL if restarts_on_failure() else signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != launcher:  # it ended before the call
             raise UserError("torchrun has ended")
 
@@ -196,6 +239,11 @@ def find_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
+def can_compile() -> bool:
+    """Return whether torch.compile works on this machine's GPU: Triton needs compute capability 7.0 (V100, T4)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (7, 0)
+
+
 def tune_malloc() -> None:
     """Let glibc keep freed memory for reuse.
 
@@ -225,6 +273,7 @@ def compile_blocks(model: GPT) -> GPT:
 
     All blocks share one compilation, so the first step takes less than half the time of a model that is compiled whole.
     """
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 products are exact by choice
     compiled = copy.copy(model)
     options = {"fullgraph": True, "dynamic": False}
     blocks = nn.ModuleList(torch.compile(block, **options) for block in model.h)

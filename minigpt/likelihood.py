@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations, for HellaSwag and the tasks of lm_eval."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,6 +70,8 @@ def build_batches(lengths: Sequence[int]) -> list[list[int]]:
 def score_batch(model: GPT, rows: Sequence[tuple[list[int], int]], procs: Processes) -> list[tuple[float, int]]:
     """Return the summed loss of the last n tokens of each row of (tokens, n), and how many differ from the argmax."""
     length = max(len(tokens) for tokens, _ in rows) - 1
+    if procs.device.type == "cuda":  # cuDNN attention builds a plan for each new length
+        length = min(math.ceil(length / 64) * 64, model.config.block_size)
     inputs = torch.zeros(len(rows), length, dtype=torch.int64)
     targets = torch.full_like(inputs, IGNORE_INDEX)
     for i, (tokens, n) in enumerate(rows):

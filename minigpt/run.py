@@ -16,14 +16,15 @@ import torch
 from minigpt import checkpoint, runs
 from minigpt.cli import UserError
 from minigpt.dataset import Dataset
-from minigpt.distributed import Processes
+from minigpt.distributed import Processes, restarts_on_failure, seconds_since_launch
 from minigpt.files import lock_folder, write_file
 from minigpt.optim import Schedule
 from model import GPT, GPTConfig
 
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
+STOPPED_FILE = "stopped"  # in a run folder: the same, for job scripts, as torchrun does not pass on the exit code
 STEPS_FLAGS = ("steps", "epochs", "decay_fraction")  # may change until the decay starts
-RUN_FILES = ("log.jsonl", "log.jsonl.tmp", ".lock", "tensorboard", "wandb")  # besides the checkpoints
+RUN_FILES = ("log.jsonl", "log.jsonl.tmp", ".lock", STOPPED_FILE, "tensorboard", "wandb")  # besides the checkpoints
 
 
 class Run:
@@ -66,11 +67,9 @@ class Run:
         if not procs.all_equal(flags):
             raise UserError("the processes have different flags or data: start every process with the same ones")
         self.newest_checkpoint = procs.call_on_main(self._lock_and_find_newest, newest_checkpoint)
-        if self.newest_checkpoint is not None and not self.newest_checkpoint.exists():
-            raise UserError(
-                f"this machine has no {self.newest_checkpoint}: --out must be a folder that all machines share"
-            )
-        self.stop_reason, self.started, self.signal_time = "", time.monotonic(), 0.0
+        self._check_shared_folder()
+        self.stop_reason, self.signal_time = "", 0.0
+        self.started = time.monotonic() - seconds_since_launch()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self.saved_flags: dict = {}
@@ -87,9 +86,27 @@ class Run:
         if not (is_new or runs.list_checkpoints(self.folder)):
             raise UserError(f"{self.folder} already exists and is not a run: choose another --out")
         lock_folder(self.folder)
+        (self.folder / STOPPED_FILE).unlink(missing_ok=True)
         if verified is not None and runs.list_steps(self.folder)[-1:] == [verified]:
             return verified
         return runs.find_newest(self.folder)
+
+    def _check_shared_folder(self) -> None:
+        """Raise `UserError` if the machines do not share the run folder."""
+        if self.procs.world_size == 1:
+            return
+        marker = self.folder / ".lock"
+        text = self.procs.call_on_main(lambda: os.urandom(16).hex())
+        if self.procs.is_main:
+            marker.write_text(text)
+        self.procs.barrier()
+        shared = self.procs.all_gather(marker.exists() and marker.read_text() == text)
+        if not all(shared):
+            ranks = ", ".join(str(rank) for rank, found in enumerate(shared) if not found)
+            raise UserError(
+                f"processes {ranks} see another {self.folder.absolute()} than process 0: --out must be a folder that"
+                " all machines share"
+            )
 
     def _check_identity(self, meta: dict) -> None:
         """Raise `UserError` if the run of a checkpoint differs from this one, and continue its warmup.
@@ -199,11 +216,15 @@ class Run:
         self.signal_time = self.signal_time or time.monotonic()
 
     def save_and_exit(self, step: int, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-        """Save this step if needed, and exit with code 75 for the launcher."""
+        """Save this step if needed, write `STOPPED_FILE` and exit.
+
+        The exit code is 75, but 0 if torchrun would take 75 for a failure and start the run again.
+        """
         if step > 0 and not (self.folder / f"step_{step:06d}").exists():
             self.save(step, model, optimizer, {})
         if self.procs.is_main:
             reason = self.stop_reason or "a signal to another process"
+            write_file(self.folder / STOPPED_FILE, f"{reason} after step {step}\n")
             print(f"stopped by {reason} after step {step:,}: run the same command again to resume", flush=True)
         self.procs.close()
-        sys.exit(EXIT_STOPPED)
+        sys.exit(0 if restarts_on_failure() else EXIT_STOPPED)

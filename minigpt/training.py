@@ -1,7 +1,9 @@
 """Training, shared by pretraining and finetuning: flags, one optimiser step, exact validation, micro-batch size."""
 
 import contextlib
+import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +15,7 @@ from torch.optim import Optimizer
 
 from minigpt.cli import UserError, check_range, plural, resumable
 from minigpt.dataset import Batch, Dataset
-from minigpt.distributed import Processes
+from minigpt.distributed import Processes, can_compile, compile_blocks
 from minigpt.metrics import check_report_to
 from minigpt.optim import Schedule
 from model import GPT, IGNORE_INDEX, eval_mode
@@ -62,12 +64,12 @@ class TrainConfig:
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = resumable(())
     """Trackers to log to, besides log.jsonl."""
     max_minutes: float | None = resumable(None)
-    """Save and stop after this time, with exit code 75; run the same command again to resume."""
+    """Save and stop this long after the start of torchrun or the script; run the same command again to resume."""
     device: str | None = resumable(None)
     """cuda, mps or cpu; default: the best available."""
     dtype: Literal["float32", "bfloat16"] | None = resumable(None)
     """Precision of the matrix products; default: bfloat16 on GPUs that support it, else float32."""
-    compile: bool = resumable(default_factory=torch.cuda.is_available)
+    compile: bool = resumable(default_factory=can_compile)
     """Compile the model, by default on a GPU; the first step then takes about a minute."""
     deterministic: bool = resumable(False)
     """Use deterministic GPU kernels only: slower, but a resumed run equals an uninterrupted one bit for bit."""
@@ -208,41 +210,51 @@ def choose_micro_batch_size(
     sizes = [2**i for i in range(12) if batch_size // procs.world_size % 2**i == 0]
     if procs.device.type != "cuda":
         return max(size for size in sizes if size * data.block_size <= max(4096, data.block_size))
-    return find_max_micro_batch_size(model, data, optimizer, sizes, procs)
+    return find_max_micro_batch_size(model, data, optimizer, sizes, procs, config.compile)
 
 
 def find_max_micro_batch_size(
-    model: GPT, data: Dataset, optimizer: Optimizer, sizes: Sequence[int], procs: Processes
+    model: GPT, data: Dataset, optimizer: Optimizer, sizes: Sequence[int], procs: Processes, compile: bool = False
 ) -> int:
     """Return the largest of increasing sizes whose forward and backward pass fits in every process's GPU memory.
 
+    With `compile`, only the sizes around the largest that fits uncompiled are compiled, which takes a while for each.
     Weights and gradients stay unchanged. Raises `UserError` if no size fits.
     """
-    batch, reserved, largest = None, None, 0
-    for size in sizes:
-        try:
-            torch.accelerator.empty_cache()  # memory cached for smaller sizes cannot be reused
-            if reserved is None and not optimizer.state:  # AdamW allocates two values per weight in the first step
-                reserved = torch.empty(2, model.config.num_parameters, device=procs.device)
-            batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
-            with procs.autocast():
-                loss = model(batch.tokens, batch.targets, batch.positions)
-            loss.backward()
-            fits = procs.peak_memory() < 0.92
-        except torch.OutOfMemoryError:
-            fits = False
-        loss = None  # frees the saved activations
-        model.zero_grad(set_to_none=True)
-        if procs.all_reduce(torch.tensor(int(not fits), device=procs.device)):
-            break
-        largest = size
-    del reserved, batch
+    # The first step of AdamW allocates two values per weight, and DDP a copy of the gradients to communicate.
+    n_copies = 2 * (not optimizer.state) + (procs.world_size > 1)
+    reserved = torch.empty(n_copies, model.config.num_parameters, device=procs.device)
+    fits = functools.partial(fits_in_memory, data=data, procs=procs)
+    n_fitting = sum(1 for _ in itertools.takewhile(lambda size: fits(model, size), sizes))
+    if compile and n_fitting:
+        compiled = compile_blocks(model)
+        n_fitting += sum(1 for _ in itertools.takewhile(lambda size: fits(compiled, size), sizes[n_fitting:]))
+        while n_fitting and not fits(compiled, sizes[n_fitting - 1]):
+            n_fitting -= 1
+    del reserved
     gc.collect()
     torch.accelerator.empty_cache()
     procs.peak_memory()  # resets the peak
-    if largest == 0:
+    if n_fitting == 0:
         raise UserError("not even one row fits in the GPU's memory: choose a smaller model")
-    return largest
+    return sizes[n_fitting - 1]
+
+
+def fits_in_memory(model: GPT, size: int, data: Dataset, procs: Processes) -> bool:
+    """Return whether a micro-batch of `size` rows fits in the memory of all processes."""
+    torch.accelerator.empty_cache()  # memory cached for another size cannot be reused
+    loss = None
+    try:
+        batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
+        with procs.autocast():
+            loss = model(batch.tokens, batch.targets, batch.positions)
+        loss.backward()
+        fits = procs.peak_memory() < 0.92
+    except torch.OutOfMemoryError:
+        fits = False
+    del loss  # and its saved activations
+    model.zero_grad(set_to_none=True)
+    return not procs.all_reduce(torch.tensor(int(not fits), device=procs.device))
 
 
 def print_model_and_batch(config: TrainConfig, name: str, model: GPT, procs: Processes, batch_size: int) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -129,6 +130,73 @@ def test_torchrun_restarts_a_dead_process(text_data, tmp_path):
     assert process.returncode == 0, output
     steps = [row["step"] for row in read_log(tmp_path / "run") if "loss" in row]
     assert steps == list(range(1, 41))
+
+
+STORE = "import signal; from torch.distributed import TCPStore; s = TCPStore('127.0.0.1', {}, is_master=True, \
+wait_for_workers=False); signal.pause()"
+
+
+def test_two_machines_survive_the_loss_of_either(text_data, tmp_path, monkeypatch):
+    """Each torchrun is killed once, and started again; the run ends with the losses of an uninterrupted one.
+
+    The torchruns meet at a store that is neither's.
+    """
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    port = free_port()
+    store = subprocess.Popen([sys.executable, "-c", STORE.format(port)])
+    launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3")
+    launcher += ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--monitor_interval=0.1")
+    launcher += ("--rdzv_conf=is_host=0,keep_alive_interval=1,keep_alive_max_attempt=2,last_call_timeout=1",)
+    args = ("pretrain.py", "--data", text_data, "--out", "./run", *LONG, "--micro_batch_size", 4, "--save_every", 10)
+    start(*args, "--out", "./whole", cwd=tmp_path)
+    machines = [spawn(*args, cwd=tmp_path, launcher=launcher) for _ in range(2)]
+    try:
+        for lost, step in enumerate((15, 55)):
+            wait_for_step(tmp_path / "run", step, machines[1 - lost])
+            machines[lost].kill()
+            machines[lost].wait(10)
+            machines[lost] = spawn(*args, cwd=tmp_path, launcher=launcher)
+        outputs = ["".join(machine.communicate(timeout=120)) for machine in machines]
+    finally:
+        for process in (*machines, store):
+            process.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert "warning: with several machines" not in "".join(outputs)
+    whole, losses = ([row["loss"] for row in read_log(tmp_path / run) if "loss" in row] for run in ("whole", "run"))
+    assert losses == pytest.approx(whole, rel=1e-5) and len(losses) == 100
+
+
+def test_a_stop_is_no_failure_to_restart(text_data, tmp_path):
+    """With restarts, torchrun must not start a run again that was stopped; a file tells a job script of the stop."""
+    args = ("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN, "--micro_batch_size", 4)
+    process = spawn(*args, "--max_minutes", 1e-9, cwd=tmp_path, processes=2, launcher=("--max-restarts=2",))
+    output = "".join(process.communicate(timeout=60))
+    assert process.returncode == 0 and output.count("stopped by --max_minutes") == 1
+    assert (tmp_path / "run" / "stopped").read_text() == "--max_minutes 1e-09 after step 0\n"
+    start(*args, cwd=tmp_path)
+    assert not (tmp_path / "run" / "stopped").exists()
+
+
+def test_the_clock_of_torchrun_continues_over_restarts(tmp_path):
+    code = "import time; from minigpt.distributed import seconds_since_launch; print(seconds_since_launch())"
+
+    def measure(**env) -> float:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    own, launchers = measure(), measure(TORCHELASTIC_RUN_ID="none")
+    assert 0 < own < 60 and launchers >= own + time.process_time() / 2  # this process is the launcher
+
+
+def test_machines_must_share_the_run_folder(text_data, tmp_path):
+    """At the first start, when there is no checkpoint that one of them could miss."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    command = ("--data", text_data, "--out", "./run", *TRAIN)
+    for error in start_two([command] * 2, folders):
+        assert "processes 1 see another" in error and "--out must be a folder that all machines share" in error
 
 
 # ---- stopped --------------------------------------------------------------------------------------------------------
@@ -257,12 +325,12 @@ def test_no_new_start_if_all_checkpoints_are_corrupt(fails, pretrained, text_dat
     assert len(runs.list_checkpoints(tmp_path / "run")) == 2
 
 
-def start_two(commands: list[tuple], cwd: Path) -> list[str]:
+def start_two(commands: list[tuple], folders: list[Path]) -> list[str]:
     """Start two processes of one run as on two machines; return their stderr. Both must exit with code 2."""
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [os.environ | rendezvous | {"RANK": str(rank), "LOCAL_RANK": "0"} for rank in (0, 1)]
-    pairs = zip(commands, ranks, strict=True)
-    processes = [ForkedProcess([ROOT / "pretrain.py", *command], cwd, env) for command, env in pairs]
+    triples = zip(commands, folders, ranks, strict=True)
+    processes = [ForkedProcess([ROOT / "pretrain.py", *command], cwd, env) for command, cwd, env in triples]
     assert [process.wait(60) for process in processes] == [2, 2]
     return [process.stderr.read_text() for process in processes]
 
@@ -270,7 +338,7 @@ def start_two(commands: list[tuple], cwd: Path) -> list[str]:
 def test_processes_with_different_flags_do_not_train(text_data, tmp_path):
     """As on two machines of which one has old files or another command."""
     args = ("--data", text_data, "--out", "./run", *TRAIN[:-1])
-    for error in start_two([(*args, 1e-3), (*args, 2e-3)], tmp_path):
+    for error in start_two([(*args, 1e-3), (*args, 2e-3)], [tmp_path] * 2):
         assert "the processes have different flags or data" in error
     assert not runs.list_steps(tmp_path / "run")
 
@@ -278,7 +346,7 @@ def test_processes_with_different_flags_do_not_train(text_data, tmp_path):
 def test_all_processes_report_an_error_of_the_main_process(text_data, tmp_path):
     """None waits for the others: the run belongs to another process, whose lock only the main process tries."""
     lock = lock_folder(tmp_path / "run")
-    for error in start_two([("--data", text_data, "--out", "./run", *TRAIN)] * 2, tmp_path):
+    for error in start_two([("--data", text_data, "--out", "./run", *TRAIN)] * 2, [tmp_path] * 2):
         assert "run is in use by another process" in error
     lock.release()
 

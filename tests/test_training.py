@@ -4,6 +4,8 @@ import copy
 import functools
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
@@ -11,12 +13,13 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import ROOT
 from screenshot import free_port
 from torch import nn
 from torch.nn import functional as F
 
 import pretrain
-from minigpt import distributed, optim
+from minigpt import distributed, optim, training
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
@@ -148,7 +151,8 @@ def test_muon_equals_torch(monkeypatch):
         for weight, parts in oracles:
             for part, gradient in zip(parts, weight.grad.chunk(len(parts)), strict=True):
                 part.grad = gradient.clone()
-        optimizer.param_groups[1]["lr"] = 2e-3
+        for group in optimizer.param_groups[1:]:
+            group["lr"] = 2e-3
         for each in (optimizer, muon, adamw):
             each.step()
     for weight, parts in oracles:
@@ -304,6 +308,38 @@ def test_every_shape_is_compiled_as_one_graph(monkeypatch):
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+SPLIT = """
+import functools, sys, torch
+from torch import nn
+sys.path.insert(0, {root!r})
+from minigpt.dataset import Batch
+from minigpt.distributed import init_processes, parallelize
+from minigpt.optim import build_optimizer
+from minigpt.training import train_step
+from model import GPT, GPTConfig
+
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+nn.parallel.DistributedDataParallel = functools.partial(nn.parallel.DistributedDataParallel, bucket_cap_mb=1)
+procs = init_processes("cpu", "float32")
+torch.manual_seed(0)
+model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=3, n_head=2, n_embd=256))
+tokens = torch.randint(50, (8, 8)).chunk(procs.world_size)[procs.rank]
+trained, optimizer = parallelize(model, procs, compile=procs.world_size > 1), build_optimizer(model, 1e-3, 0.1)
+steps = [train_step(trained, [Batch(tokens, tokens)] * 2, optimizer, 1e-3, 1.0, procs) for _ in range(3)]
+if procs.is_main:
+    print("losses", *(step["loss"].item() for step in steps))
+procs.close()
+"""
+
+
+def test_ddp_with_several_buckets_and_compiled_equals_one_process(run_script, tmp_path):
+    """A block of 3 MB fills several buckets of 1 MB; smaller models have one bucket only."""
+    (tmp_path / "split.py").write_text(SPLIT.format(root=str(ROOT)))
+    one, two = (run_script(tmp_path / "split.py", processes=n, fresh=True).stdout.split() for n in (1, 2))
+    assert one[0] == two[0] == "losses"
+    assert [float(loss) for loss in two[1:]] == pytest.approx([float(loss) for loss in one[1:]], rel=1e-5)
+
+
 # ---- the size of a micro-batch -------------------------------------------------------------------------------------
 
 
@@ -351,3 +387,55 @@ def test_the_largest_size_that_fits(monkeypatch, most, expected):
         assert search([1, 2, 4, 8, 16], ALONE) == expected
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("most", "expected"), [(99, 16), (8, 8), (4, 4), (2, 2), (0, None)])
+def test_the_largest_size_that_fits_compiled(monkeypatch, most, expected):
+    """It can be larger or smaller than that of the model that is not compiled, 4."""
+    model, data = OutOfMemory(small_model().config), SimpleNamespace(n_rows={"train": 3}, block_size=8)
+    data.batch = lambda split, rows: Batch(*torch.randint(50, (2, len(rows), 8)))
+    model.most, model.kept = 5, 0
+    compiled = copy.copy(model)
+    compiled.most = most
+    monkeypatch.setattr(training, "compile_blocks", lambda model: compiled)
+    monkeypatch.setattr(Processes, "peak_memory", lambda self: 0)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    arguments = (model, data, build_optimizer(model, 1e-3, 0.1), [1, 2, 4, 8, 16], ALONE, True)
+    if expected is None:
+        with pytest.raises(UserError, match="not even one row fits"):
+            find_max_micro_batch_size(*arguments)
+    else:
+        assert find_max_micro_batch_size(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("world_size", "resumed", "copies"), [(1, False, 2), (2, False, 3), (1, True, 0), (2, True, 1)]
+)
+def test_the_search_reserves_memory_for_optimizer_and_ddp(monkeypatch, world_size, resumed, copies):
+    model, data = small_model(), SimpleNamespace(n_rows={"train": 3}, block_size=8)
+    data.batch = lambda split, rows: Batch(*torch.randint(50, (2, len(rows), 8)))
+    optimizer, reserved = build_optimizer(model, 1e-3, 0.1), []
+    if resumed:
+        train_step(model, [data.batch("train", [0])], optimizer, 1e-3, 1.0, ALONE)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: reserved.append(shape) or empty(*shape, **options))
+    monkeypatch.setattr(Processes, "peak_memory", lambda self: 0)
+    monkeypatch.setattr(Processes, "all_reduce", lambda self, tensor: tensor)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    find_max_micro_batch_size(model, data, optimizer, [1, 2], replace(ALONE, world_size=world_size))
+    assert reserved[0] == (copies, model.config.num_parameters)
+
+
+def test_deterministic_reaches_inductor():
+    code = (
+        "from minigpt.distributed import init_processes; init_processes('cpu', None, deterministic=True);"
+        "import torch._inductor.config as config; print(config.deterministic)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((6, 1), False), ((7, 0), True), ((9, 0), True), (None, False)])
+def test_compile_by_default_where_triton_runs(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert pretrain.Config().compile is expected
