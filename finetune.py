@@ -68,7 +68,8 @@ def main(config: Config) -> None:
 
     model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     optimizer = build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.embedding_lr)
-    step = run.resume(model, optimizer)
+    scaler = training.build_scaler(procs)
+    step = run.resume(model, optimizer, scaler)
     micro_batch_size = training.choose_micro_batch_size(config, run.saved_flags, model, data, optimizer, procs)
     config = run.config = replace(config, micro_batch_size=micro_batch_size)
     train_model = parallelize(model, procs, config.compile)
@@ -92,7 +93,7 @@ def main(config: Config) -> None:
     while not run.stop_requested() and step < steps:
         started = time.perf_counter()
         lr = run.schedule.get_lr(step)
-        options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch)
+        options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch, scaler)
         metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1
         logger.log_step(step, metrics, lr, started)
@@ -100,10 +101,10 @@ def main(config: Config) -> None:
         if save or step % config.val_every == 0:
             val_metrics = logger.log_validation(step, validation_loss())
         if save:
-            run.save(step, model, optimizer, val_metrics)
+            run.save(step, model, optimizer, scaler, val_metrics)
     logger.close()
     if step < steps:
-        run.save_and_exit(step, model, optimizer)
+        run.save_and_exit(step, model, optimizer, scaler)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
         print(f"next: python {cli.script_path('generate.py')} --checkpoint {shlex.quote(str(run.folder))} --chat")

@@ -93,7 +93,8 @@ def main(config: Config) -> None:
     examples = load_examples(config.hellaswag_files, data.tokenizer) if config.hellaswag_every else []
     run = Run(config, data, procs, training.build_schedule(config, config.steps))
     model, optimizer = build_model(config, data, model_config, procs)
-    step = run.resume(model, optimizer)
+    scaler = training.build_scaler(procs)
+    step = run.resume(model, optimizer, scaler)
     micro_batch_size = training.choose_micro_batch_size(config, run.saved_flags, model, data, optimizer, procs)
     config = run.config = replace(config, micro_batch_size=micro_batch_size)
     train_model = parallelize(model, procs, config.compile)
@@ -116,7 +117,7 @@ def main(config: Config) -> None:
     while not run.stop_requested() and step < config.steps:
         started = time.perf_counter()
         lr = run.schedule.get_lr(step)
-        options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch)
+        options = (lr, config.grad_clip, procs, (config.seed, step), logger.log_micro_batch, scaler)
         metrics = training.train_step(train_model, next(batches), optimizer, *options)
         step += 1
         logger.log_step(step, metrics, lr, started)
@@ -128,10 +129,10 @@ def main(config: Config) -> None:
         if config.sample_every and step % config.sample_every == 0 and procs.is_main:
             logger.log_samples(step, sample_texts(model, data.tokenizer, config.sample_prompts, config.seed))
         if save:
-            run.save(step, model, optimizer, val_metrics)
+            run.save(step, model, optimizer, scaler, val_metrics)
     logger.close()
     if step < config.steps:
-        run.save_and_exit(step, model, optimizer)
+        run.save_and_exit(step, model, optimizer, scaler)
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
         command = f"python {cli.script_path('generate.py')} --checkpoint {shlex.quote(str(run.folder))}"

@@ -232,11 +232,17 @@ def find_device(device: str | None) -> torch.device:
 
 
 def find_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """Return the named precision; None is bfloat16 on GPUs that support it in hardware, else float32."""
-    if dtype is None:
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bf16 else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    """Return the named precision; None is the fastest that the device supports in hardware.
+
+    That is bfloat16 on GPUs since 2020, float16 on older ones with tensor cores (T4, V100), else float32.
+    """
+    if dtype is not None:
+        return getattr(torch, dtype)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16
+    return torch.float32
 
 
 def can_compile() -> bool:

@@ -25,7 +25,7 @@ from minigpt.run import Run
 from minigpt.runs import list_checkpoints, read_log
 from model import GPT
 
-# Peak of dense bf16 matrix products in FLOP/s, from the data sheets, by a part of the GPU's name.
+# Peak of dense bf16 or float16 matrix products in FLOP/s, from the data sheets, by a part of the GPU's name.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -36,6 +36,8 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
 }
 MAX_SKIPPED_STEPS = 5  # consecutive steps with a non-finite loss or gradient, after which a run stops
 
@@ -72,21 +74,31 @@ class MetricsLogger:
     def log_step(self, step: int, metrics: dict[str, Tensor], lr: float, started: float) -> None:
         """Log one training step; `started` is its start time by `time.perf_counter()`.
 
-        Raises `UserError` after `MAX_SKIPPED_STEPS` consecutive steps with a non-finite loss or gradient.
+        Raises `UserError` after `MAX_SKIPPED_STEPS` consecutive steps with a non-finite loss or gradient. In float16, a
+        gradient that overflows does not count, unless the loss scale is below 1.
         """
         loss, grad_norm = metrics["loss"].item(), metrics["grad_norm"].item()  # waits for the device
         tokens_per_s = self.batch_tokens / (time.perf_counter() - started)
         mfu = tokens_per_s / self.peak_tokens_per_s
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        loss_scale = metrics["loss_scale"].item() if "loss_scale" in metrics else None
         row = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         row |= {"tokens_per_s": round(tokens_per_s, 1), "mfu": round(mfu, 4)}
+        if loss_scale is not None:
+            row["loss_scale"] = loss_scale
         if not finite:
             row |= {"loss": None, "grad_norm": None, "skipped": True}  # JSON has no NaN
         self._write(step, row)
         speed = f"{tokens_per_s:,.0f} tok/s" + ("" if self.on_cpu else f"  MFU {mfu:.1%}")
         self.progress.update(1, f"loss {loss:.4f}  {speed}  lr {lr:.2e}  norm {grad_norm:.2f}")
-        self.skipped_steps = 0 if finite else self.skipped_steps + 1
-        if not finite:
+        if finite:
+            self.skipped_steps = 0
+        elif math.isfinite(loss) and (loss_scale or 0) >= 1:
+            self.progress.print(
+                f"step {step:,} skipped: gradients overflow float16; the loss scale is now {loss_scale:g}"
+            )
+        else:
+            self.skipped_steps += 1
             self.progress.print(
                 f"step {step:,} skipped: loss {loss}, gradient norm {grad_norm}; the weights are unchanged"
             )
@@ -158,7 +170,7 @@ def peak_flops(procs: Processes) -> tuple[float, str]:
 
     The measurement is the fastest of several square matrix products in the training precision.
     """
-    if procs.device.type == "cuda" and procs.dtype == torch.bfloat16:
+    if procs.device.type == "cuda" and procs.dtype != torch.float32:
         name = torch.cuda.get_device_name(procs.device)
         for part, flops in PEAK_FLOPS.items():
             if re.search(rf"\b{part}\b", name):

@@ -116,10 +116,11 @@ def orthogonalize_distributed(matrices: Tensor) -> Tensor:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Return matrices (n, A, B) with their singular values moved to between about 0.7 and 1.2.
 
-    This is Newton-Schulz iteration (Jordan et al., 2024). On a GPU, it computes and returns bfloat16.
+    This is Newton-Schulz iteration (Jordan et al., 2024). On a GPU with bfloat16, it computes and returns bfloat16.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    has_bf16 = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.bfloat16() if has_bf16 else matrices
     x = x.mT if x.size(1) > x.size(2) else x  # the smaller side first: its products are cheaper
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     for _ in range(NEWTON_SCHULZ_STEPS):

@@ -149,7 +149,7 @@ class Run:
                 f" start a new run{hint}"
             )
 
-    def resume(self, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+    def resume(self, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
         """Load the newest checkpoint, if any; return the number of completed steps, 0 for a new run.
 
         Raises `UserError` if the checkpoint is corrupt or of another shape.
@@ -161,6 +161,7 @@ class Run:
             self._check_same(saved, asdict(model.config))
             model.load_state_dict(checkpoint.load_tensors(self.newest_checkpoint, "model", meta, verified=True))
             checkpoint.load_optimizer_state_dict(self.newest_checkpoint, meta, model, optimizer, verified=True)
+            self._resume_scaler(scaler, meta.get("grad_scaler"))
             step = meta["step"]
         if self.procs.is_main:
             if self.newest_checkpoint is not None:
@@ -169,13 +170,22 @@ class Run:
             self._truncate_log(-1 if step is None else step)
         return step or 0
 
+    def _resume_scaler(self, scaler: torch.amp.GradScaler, saved: dict | None) -> None:
+        """Continue with the saved loss scale. The precision may have changed: then there is none, or it is not used."""
+        if saved is not None and scaler.is_enabled():
+            if not 0 < saved["scale"] < 2**127:
+                raise UserError(f"{self.newest_checkpoint}/meta.json is corrupt: the loss scale is {saved['scale']}")
+            scaler.load_state_dict(scaler.state_dict() | {name: saved[name] for name in ("scale", "_growth_tracker")})
+
     def _truncate_log(self, step: int) -> None:
         """Drop the log rows after a step, which will be logged again."""
         if self.log_file.exists():
             rows = (row for row in runs.read_log(self.folder) if row["step"] <= step)
             write_file(self.log_file, (json.dumps(row).encode() + b"\n" for row in rows))
 
-    def save(self, step: int, model: GPT, optimizer: torch.optim.Optimizer, metrics: dict) -> None:
+    def save(
+        self, step: int, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, metrics: dict
+    ) -> None:
         """Write the checkpoint of a step, then prune old ones."""
         if self.procs.is_main:
             meta = {
@@ -184,6 +194,7 @@ class Run:
                 "identity": self.identity,
                 "config": asdict(self.config),
                 "schedule": asdict(self.schedule),
+                "grad_scaler": scaler.state_dict() or None,  # None unless it is enabled
                 "source": self.source,
                 "history": self.history,
             }
@@ -215,13 +226,15 @@ class Run:
         self.stop_reason = self.stop_reason or signal.Signals(number).name
         self.signal_time = self.signal_time or time.monotonic()
 
-    def save_and_exit(self, step: int, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    def save_and_exit(
+        self, step: int, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
         """Save this step if needed, write `STOPPED_FILE` and exit.
 
         The exit code is 75, but 0 if torchrun would take 75 for a failure and start the run again.
         """
         if step > 0 and not (self.folder / f"step_{step:06d}").exists():
-            self.save(step, model, optimizer, {})
+            self.save(step, model, optimizer, scaler, {})
         if self.procs.is_main:
             reason = self.stop_reason or "a signal to another process"
             write_file(self.folder / STOPPED_FILE, f"{reason} after step {step}\n")

@@ -33,6 +33,7 @@ CHECKPOINT = {  # of a checkpoint's meta.json; see `has_shape`
     "source": SOURCE,
     "history": [TRAINING],
     "schedule": (SCHEDULE, None),
+    "grad_scaler": ({"scale": float, "_growth_tracker": int}, None),
 }
 LOG_ROW = {"step": int, "tokens": int}
 LOG_ROW |= dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_s", "mfu"), (float, None))

@@ -67,8 +67,8 @@ class TrainConfig:
     """Save and stop this long after the start of torchrun or the script; run the same command again to resume."""
     device: str | None = resumable(None)
     """cuda, mps or cpu; default: the best available."""
-    dtype: Literal["float32", "bfloat16"] | None = resumable(None)
-    """Precision of the matrix products; default: bfloat16 on GPUs that support it, else float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = resumable(None)
+    """Precision of the matrix products; default: bfloat16 on a GPU, float16 if it is a T4 or V100, else float32."""
     compile: bool = resumable(default_factory=can_compile)
     """Compile the model, by default on a GPU; the first step then takes about a minute."""
     deterministic: bool = resumable(False)
@@ -111,17 +111,21 @@ def train_step(
     procs: Processes,
     seed_and_step: tuple[int, int] = (0, 0),
     on_micro_batch: Callable[[int, int], None] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, Tensor]:
     """Do one optimiser step on this process's micro-batches of the global batch.
 
     The loss is the sum over all targets of all micro-batches on all processes, divided by their number. So no target
     weighs more because its micro-batch has fewer. If the loss or a gradient is not finite, weights and optimiser state
     stay unchanged. `seed_and_step` decides the dropout. `on_micro_batch(done, total)` is called after each micro-batch.
+    `scaler` is that of `build_scaler`; None is for other precisions than float16.
 
     Returns:
         loss: mean cross-entropy per target of the global batch in nats; on the device, like grad_norm.
         grad_norm: gradient norm before clipping.
+        loss_scale: with an enabled `scaler`, the factor of the next step's loss.
     """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     batches = [batch.to(procs.device) for batch in batches]
@@ -133,17 +137,28 @@ def train_step(
         with model.no_sync() if skip_sync else contextlib.nullcontext():
             with procs.autocast():
                 loss = model(batch.tokens, batch.targets, batch.positions)
-            (loss * (procs.world_size / n_targets)).backward()  # DDP averages gradients: undo its division
+            scaler.scale(loss * (procs.world_size / n_targets)).backward()  # DDP averages gradients: undo its division
         loss_sum += loss.detach()
         if on_micro_batch is not None:
             on_micro_batch(i + 1, len(batches))
     loss = procs.all_reduce(loss_sum) / n_targets
+    scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    # found_inf=1 makes fused AdamW skip the update without a host sync.
+    # found_inf=1 makes fused AdamW skip the update without a host sync. An enabled scaler sets it to its own result.
     optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "grad_norm": grad_norm}
+    scale = {"loss_scale": torch.tensor(scaler.get_scale())} if scaler.is_enabled() else {}
+    return {"loss": loss, "grad_norm": grad_norm} | scale
+
+
+def build_scaler(procs: Processes) -> torch.amp.GradScaler:
+    """Return the scaler of the loss, which keeps small gradients from becoming 0 in float16; else it does nothing.
+
+    It starts at 65,536, halves after a step whose gradients overflow, and doubles after 2,000 steps without overflow.
+    """
+    return torch.amp.GradScaler(procs.device.type, enabled=procs.dtype == torch.float16)
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:

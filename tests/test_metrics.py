@@ -1,5 +1,6 @@
 """The metrics of a run: log rows, MFU, and the trackers, which equal log.jsonl when their own readers load them."""
 
+import contextlib
 import json
 import math
 import re
@@ -35,6 +36,19 @@ def open_logger(folder: Path, steps: int, procs: Processes = SINGLE) -> MetricsL
     config = SimpleNamespace(report_to=())
     run = SimpleNamespace(folder=folder, log_file=folder / "log.jsonl", procs=procs, config=config)
     return MetricsLogger(run, model, step=0, steps=steps, batch_tokens=16, val_bytes_per_token=4.0)
+
+
+@pytest.mark.parametrize("loss, scale, stops", [(2.0, 64.0, False), (2.0, 0.5, True), (math.nan, 64.0, True)])
+def test_an_overflow_of_float16_is_no_divergence(tmp_path, capsys, loss, scale, stops):
+    logger = open_logger(tmp_path, steps=9)
+    values = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(math.inf), "loss_scale": torch.tensor(scale)}
+    for step in range(1, 5):
+        logger.log_step(step, values, 1e-3, started=0.0)
+    with pytest.raises(UserError, match="5 consecutive steps") if stops else contextlib.nullcontext():
+        logger.log_step(5, values, 1e-3, started=0.0)
+    assert ("step 4 skipped: gradients overflow float16; the loss scale is now 64" in capsys.readouterr().out) != stops
+    row = list(read_log(tmp_path))[-1]
+    assert (row["loss"], row["skipped"], row["loss_scale"]) == (None, True, scale)
 
 
 def test_log_rows_have_the_metrics(tmp_path, capsys):

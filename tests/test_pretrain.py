@@ -61,7 +61,7 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
 MUON = ("--optimizer", "muon", "--embedding_lr", 1e-3, "--schedule", "wsd", "--decay_fraction", 0.5)
 
 
-@pytest.mark.parametrize("flags", [(), ("--dropout", 0.2), MUON])
+@pytest.mark.parametrize("flags", [(), ("--dropout", 0.2), MUON, ("--dtype", "float16")])
 def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, flags):
     """A run that crashed after step 8 resumes to the same bits, and no step is logged twice."""
     args = ("pretrain.py", "--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4, *flags)
@@ -177,8 +177,9 @@ def test_compiled_equals_eager(text_data, pretrained, tmp_path, processes):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(pretrained), rel=1e-5)
 
 
-def test_bfloat16_trains(run_script, text_data, pretrained, tmp_path):
-    run_script("pretrain.py", "--data", text_data, "--out", "./half", *TRAIN, "--dtype", "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains(run_script, text_data, pretrained, tmp_path, dtype):
+    run_script("pretrain.py", "--data", text_data, "--out", "./half", *TRAIN, "--dtype", dtype)
     assert losses(tmp_path / "half") != losses(pretrained)
     assert losses(tmp_path / "half") == pytest.approx(losses(pretrained), rel=2e-2)
     weights = load_file(runs.list_checkpoints(tmp_path / "half")[-1] / "model.safetensors")

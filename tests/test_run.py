@@ -5,6 +5,7 @@ import signal
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ from model import GPT, GPTConfig
 
 SINGLE = Processes(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
 DATA = SimpleNamespace(fingerprint="abc", tokenizer=load_tokenizer("bytes"), meta={"source": {"files": []}})
+SCALER = torch.amp.GradScaler(enabled=False)
 MODEL = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8)
 
 
@@ -63,14 +65,14 @@ def open_run(flags: Flags, model_config: GPTConfig = MODEL, data=DATA) -> tuple[
     """Open a run as the training scripts do; return it with model, optimiser and completed steps."""
     run, model = Run(flags, data, SINGLE, build_schedule(flags, flags.steps)), GPT(model_config)
     optimizer = build_optimizer(model, 1e-3, 0.1)
-    return run, model, optimizer, run.resume(model, optimizer)
+    return run, model, optimizer, run.resume(model, optimizer, SCALER)
 
 
 def test_new_run_starts_at_step_zero_and_resumes_from_the_newest_checkpoint(flags):
     run, model, optimizer, step = open_run(flags)
     assert step == 0
-    run.save(3, model, optimizer, {"val_loss": 2.0})
-    run.save(6, model, optimizer, {"val_loss": 1.0})
+    run.save(3, model, optimizer, SCALER, {"val_loss": 2.0})
+    run.save(6, model, optimizer, SCALER, {"val_loss": 1.0})
     _, resumed, _, step = open_run(flags)
     assert step == 6
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
@@ -78,7 +80,7 @@ def test_new_run_starts_at_step_zero_and_resumes_from_the_newest_checkpoint(flag
 
 def test_flags_that_define_the_run_cannot_change(flags):
     run, model, optimizer, _ = open_run(flags)
-    run.save(3, model, optimizer, {})
+    run.save(3, model, optimizer, SCALER, {})
     assert open_run(replace(flags, val_every=7, keep=9))[3] == 3
     with pytest.raises(UserError, match=r"holds a different run: lr was 0\.001 and is now 0\.002;"):
         open_run(replace(flags, lr=2e-3))
@@ -91,7 +93,7 @@ def test_flags_that_define_the_run_cannot_change(flags):
 def test_checkpoint_without_a_newer_field_of_the_model_resumes(flags):
     """Such a field has its default in older checkpoints."""
     run, model, optimizer, _ = open_run(flags)
-    run.save(3, model, optimizer, {})
+    run.save(3, model, optimizer, SCALER, {})
     file = run.folder / "step_000003" / "meta.json"
     meta = runs.read_meta(file.parent)
     assert meta["model"].pop("gelu") == "tanh"
@@ -137,7 +139,7 @@ def test_log_rows_after_the_checkpoint_are_dropped(flags, saved, kept):
     """Those steps will be logged again. A row truncated by a crash is dropped too."""
     run, model, optimizer, _ = open_run(flags)
     if saved is not None:
-        run.save(saved, model, optimizer, {})
+        run.save(saved, model, optimizer, SCALER, {})
     run.log_file.write_text("".join(f'{{"step": {step}, "tokens": 0}}\n' for step in range(6)) + '{"step": 2, "lo')
     open_run(flags)
     assert [json.loads(line)["step"] for line in run.log_file.read_text().splitlines()] == kept
@@ -147,7 +149,7 @@ def test_only_the_first_process_writes(flags):
     run, model, optimizer, _ = open_run(flags)
     run.procs, run.config = replace(SINGLE, rank=1), replace(flags, report_to=("tensorboard",))
     MetricsLogger(run, model, 0, 1, 16, 1.0).log_validation(0, 1.0)
-    run.save(1, model, optimizer, {})
+    run.save(1, model, optimizer, SCALER, {})
     assert not run.log_file.exists() and not runs.list_checkpoints(run.folder)
     assert not (run.folder / "tensorboard").exists()
 
@@ -156,7 +158,7 @@ def test_resumed_run_keeps_its_history(flags):
     """A resumed finetuning loads its own checkpoint, whose history includes this training already."""
     _, model, optimizer, _ = open_run(flags)
     history = [{"source": "gpt2"}]
-    Run(flags, DATA, SINGLE, build_schedule(flags, 10), history).save(3, model, optimizer, {})
+    Run(flags, DATA, SINGLE, build_schedule(flags, 10), history).save(3, model, optimizer, SCALER, {})
     assert Run(flags, DATA, SINGLE, build_schedule(flags, 10), [*history, {"source": "itself"}]).history == history
 
 
@@ -164,10 +166,10 @@ def test_steps_can_change_until_the_decay_starts(flags):
     """The decay of a run of 10 steps starts at step 5, of one of 20 at step 10. The warmup stays as planned."""
     flags = replace(flags, schedule="wsd", warmup_steps=None, steps=100)
     run, model, optimizer, _ = open_run(flags)
-    run.save(5, model, optimizer, {})
+    run.save(5, model, optimizer, SCALER, {})
     longer = replace(flags, steps=2000)
     assert open_run(longer)[0].schedule.warmup_steps == 4 and run.schedule.warmup_steps == 4
-    open_run(replace(flags, steps=10))[0].save(6, model, optimizer, {})
+    open_run(replace(flags, steps=10))[0].save(6, model, optimizer, SCALER, {})
     with pytest.raises(UserError, match=r"steps was 10 and is now 20; .* can change until .* step 5, copy that"):
         open_run(replace(flags, steps=20))
     open_run(replace(flags, steps=10))
@@ -175,7 +177,7 @@ def test_steps_can_change_until_the_decay_starts(flags):
 
 def test_steps_cannot_become_too_few_for_the_decay(flags):
     run, model, optimizer, _ = open_run(replace(flags, schedule="wsd", steps=100))
-    run.save(30, model, optimizer, {})
+    run.save(30, model, optimizer, SCALER, {})
     with pytest.raises(
         UserError, match=r"steps was 100 and is now 40; .* would start before step 30: give at least 60"
     ):
@@ -185,7 +187,7 @@ def test_steps_cannot_become_too_few_for_the_decay(flags):
 
 def test_a_hostile_schedule_is_one_line(flags):
     run, model, optimizer, _ = open_run(flags)
-    run.save(1, model, optimizer, {})
+    run.save(1, model, optimizer, SCALER, {})
     schedule = {"name": "wsd", "lr": 1.0, "steps": 10, "warmup_steps": 0, "decay_fraction": float("nan"), "other": 1}
     edit_manifest(run.folder / "step_000001" / "meta.json", schedule=schedule)
     with pytest.raises(UserError, match=r"meta\.json is corrupt: decay_fraction is nan"):
@@ -194,7 +196,7 @@ def test_a_hostile_schedule_is_one_line(flags):
 
 def test_steps_of_a_cosine_cannot_change(flags):
     run, model, optimizer, _ = open_run(flags)
-    run.save(1, model, optimizer, {})
+    run.save(1, model, optimizer, SCALER, {})
     with pytest.raises(UserError, match=r"steps was 10 and is now 11; use the old values .* start a new run$"):
         open_run(replace(flags, steps=11))
 
@@ -203,10 +205,10 @@ def test_the_warmup_stays_as_planned_at_the_first_start(flags):
     """Also when a run that has become shorter is resumed after the start of its decay, or the flag names it."""
     flags = replace(flags, schedule="wsd", steps=1000)
     run, model, optimizer, _ = open_run(flags)
-    run.save(10, model, optimizer, {})
+    run.save(10, model, optimizer, SCALER, {})
     shorter = replace(flags, steps=100)
     run, model, optimizer, _ = open_run(shorter)
-    run.save(70, model, optimizer, {})
+    run.save(70, model, optimizer, SCALER, {})
     assert open_run(shorter)[0].schedule.warmup_steps == 40
     assert open_run(replace(shorter, warmup_steps=40))[0].schedule.warmup_steps == 40
     with pytest.raises(UserError, match="warmup_steps was 40 and is now 4"):
@@ -215,7 +217,7 @@ def test_the_warmup_stays_as_planned_at_the_first_start(flags):
 
 def test_a_run_cannot_become_shorter_than_its_warmup(flags):
     run, model, optimizer, _ = open_run(replace(flags, schedule="wsd", steps=1000))
-    run.save(10, model, optimizer, {})
+    run.save(10, model, optimizer, SCALER, {})
     with pytest.raises(UserError, match="the 40 steps of the warmup are more than the 25 before the decay"):
         open_run(replace(flags, schedule="wsd", steps=50))
 
@@ -224,7 +226,7 @@ def test_a_checkpoint_that_was_saved_meanwhile_is_found(flags):
     """finetune.py looks for the newest checkpoint before it locks the run."""
     run, model, optimizer, _ = open_run(flags)
     for step in (3, 5):
-        run.save(step, model, optimizer, {})
+        run.save(step, model, optimizer, SCALER, {})
     found = run.folder / "step_000003"
     assert Run(flags, DATA, SINGLE, run.schedule, (), found).newest_checkpoint.name == "step_000005"
     checkpoint.discard(run.folder / "step_000005")
@@ -234,14 +236,14 @@ def test_a_checkpoint_that_was_saved_meanwhile_is_found(flags):
 def test_the_last_checkpoint_before_the_decay_is_kept(flags):
     run, model, optimizer, _ = open_run(replace(flags, schedule="wsd", keep=1))
     for step in range(1, 11):
-        run.save(step, model, optimizer, {"val_loss": 1 / step})
+        run.save(step, model, optimizer, SCALER, {"val_loss": 1 / step})
     assert [folder.name for folder in runs.list_checkpoints(run.folder)] == ["step_000005", "step_000010"]
 
 
 def test_a_resumed_run_completes_an_interrupted_deletion(flags):
     """Also if no step is left, after which `save` would do it."""
     run, model, optimizer, _ = open_run(flags)
-    run.save(3, model, optimizer, {})
+    run.save(3, model, optimizer, SCALER, {})
     (run.folder / "step_000001.tmp").mkdir()
     open_run(flags)
     assert [item.name for item in run.folder.glob("step_*")] == ["step_000003"]
@@ -249,7 +251,7 @@ def test_a_resumed_run_completes_an_interrupted_deletion(flags):
 
 def test_a_checkpoint_is_hashed_once(flags, monkeypatch):
     run, model, optimizer, _ = open_run(flags)
-    run.save(3, model, optimizer, {})
+    run.save(3, model, optimizer, SCALER, {})
     hashed = []
     monkeypatch.setattr(runs, "sha256", lambda file: hashed.append(file.name) or sha256(file))
     assert open_run(flags)[3] == 3
@@ -258,7 +260,7 @@ def test_a_checkpoint_is_hashed_once(flags, monkeypatch):
 
 def test_a_long_log_is_not_read_into_memory(flags):
     run, model, optimizer, _ = open_run(flags)
-    run.save(30_000, model, optimizer, {})
+    run.save(30_000, model, optimizer, SCALER, {})
     rows = (json.dumps({"step": step, "tokens": step, "loss": 2.5}) + "\n" for step in range(30_010))
     run.log_file.write_text("".join(rows))
     tracemalloc.start()
@@ -266,3 +268,25 @@ def test_a_long_log_is_not_read_into_memory(flags):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2e6 and len(run.log_file.read_text().splitlines()) == 30_001
+
+
+def test_the_loss_scale_is_resumed(flags):
+    """So is the number of steps since it changed; a run in another precision ignores them."""
+    run, model, optimizer, _ = open_run(flags)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9)
+    state = scaler.state_dict() | {"_growth_tracker": 7}
+    scaler.load_state_dict(state)
+    run.save(3, model, optimizer, scaler, {})
+    run, model, optimizer, _ = open_run(flags)
+    resumed, disabled = torch.amp.GradScaler("cpu"), torch.amp.GradScaler(enabled=False)
+    for scaler in (resumed, disabled):
+        assert run.resume(model, optimizer, scaler) == 3
+    assert resumed.state_dict() == state and disabled.state_dict() == {}
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), 10**400])
+def test_an_impossible_loss_scale_is_reported(flags, scale):
+    run = open_run(flags)[0]
+    run.newest_checkpoint = Path("step_000003")
+    with pytest.raises(UserError, match=r"step_000003/meta\.json is corrupt: the loss scale is"):
+        run._resume_scaler(torch.amp.GradScaler("cpu"), {"scale": scale, "_growth_tracker": 0})

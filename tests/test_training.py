@@ -25,6 +25,7 @@ from minigpt.dataset import Batch
 from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
 from minigpt.optim import Schedule, build_optimizer, orthogonalize, orthogonalize_distributed
 from minigpt.training import (
+    build_scaler,
     build_schedule,
     choose_micro_batch_size,
     find_max_micro_batch_size,
@@ -121,6 +122,36 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch():
     keys = [(seed, step, micro) for seed in (0, 1) for step in (0, 1, 2) for micro in (0, 1)]
     assert len({draw(*key) for key in keys}) == len(keys)
     assert draw(1, 2, 1) == draw(1, 2, 1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gradients_that_overflow_float16_change_nothing_but_the_scale(name):
+    model, half = small_model(), replace(ALONE, dtype=torch.float16)
+    optimizer, scaler = build_optimizer(model, 1e-2, 0.1, name), torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    batch, initial, scale = ragged_batch(2), copy.deepcopy(model.state_dict()), 2.0**30
+    while True:
+        metrics = train_step(model, [batch], optimizer, 1e-2, 1.0, half, scaler=scaler)
+        if metrics["grad_norm"].isfinite():
+            break
+        scale /= 2
+        assert metrics["loss"].isfinite() and metrics["loss_scale"] == scale
+        assert all(torch.equal(initial[name], weight) for name, weight in model.state_dict().items())
+    assert metrics["loss_scale"] == scale < 2.0**30
+    single = small_model()
+    plain = train_step(single, [batch], build_optimizer(single, 1e-2, 0.1, name), 1e-2, 1.0, ALONE)
+    assert metrics["grad_norm"].item() == pytest.approx(plain["grad_norm"].item(), rel=1e-2)
+    assert not all(torch.equal(initial[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "bf16, capability, expected",
+    [(True, (9, 0), "bfloat16"), (False, (7, 5), "float16"), (False, (6, 1), "float32")],
+)
+def test_the_default_precision_of_a_gpu(monkeypatch, bf16, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert find_dtype(None, torch.device("cuda")) == getattr(torch, expected)
+    assert build_scaler(replace(ALONE, dtype=getattr(torch, expected))).is_enabled() == (expected == "float16")
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------------------
