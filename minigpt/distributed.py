@@ -111,8 +111,13 @@ class Processes:
             torch.accelerator.synchronize(self.device)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group.
+
+        A thread of gloo needs the GIL to free the tensors of the last collective. The barrier releases the GIL for it;
+        else it can wait for ever on the main thread, which joins it.
+        """
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
 

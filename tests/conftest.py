@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from forked import ForkedProcess
+from screenshot import free_port
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tiny tensors gain nothing from more
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,31 +52,42 @@ def start(
     expect: int | None = 0,
     processes: int = 1,
     gpu: bool = False,
+    torchrun: bool = False,
     fresh: bool = False,
     env: dict | None = None,
     input: str = "",
 ) -> subprocess.CompletedProcess:
-    """Run a script as a process of its own, or as several under torchrun, and check its exit code.
+    """Run a script as a process of its own, or as several, and check its exit code.
 
-    `env` adds variables and `input` is its stdin. `fresh` starts a new interpreter instead of forking one. GPUs are
-    hidden unless `gpu`.
+    Several processes have the environment of torchrun, or are started by it with `torchrun`, which takes longer; their
+    outputs are joined. `env` adds variables and `input` is its stdin. `fresh` starts a new interpreter instead of
+    forking one. GPUs are hidden unless `gpu`.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if torchrun else []
     command = [*launcher, str(ROOT / script), *map(str, args)]
     env = os.environ | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}) | (env or {})
     if fresh or gpu:
         options = {"env": env, "cwd": cwd, "input": input, "capture_output": True, "text": True, "timeout": 180}
         done = subprocess.run([sys.executable, *command], **options)
     else:
-        process = ForkedProcess(command, cwd, env, input)
+        envs = [env] if torchrun or processes == 1 else [env | rank for rank in distributed_env(processes)]
+        started = [ForkedProcess(command, cwd, rank_env, input) for rank_env in envs]
         try:
-            output = process.communicate(timeout=180)
+            outputs = [process.communicate(timeout=180) for process in started]
         finally:
-            process.kill()
-        done = subprocess.CompletedProcess(command, process.returncode, *output)
+            for process in started:
+                process.kill()
+        code = next((process.returncode for process in started if process.returncode != 0), 0)
+        done = subprocess.CompletedProcess(command, code, *map("".join, zip(*outputs, strict=True)))
     result = f"{script} ended with code {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}"
     assert expect is None or done.returncode == expect, result
     return done
+
+
+def distributed_env(world_size: int) -> list[dict[str, str]]:
+    """Return the variables by which processes find each other, as torchrun sets them on one machine."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import soak
 import torch
-from conftest import ROOT, TRAIN, TUNE, error_of, read_log, start
+from conftest import ROOT, TRAIN, TUNE, distributed_env, error_of, read_log, start
 from forked import ForkedProcess
 from screenshot import free_port
 from torch import nn
@@ -327,8 +327,7 @@ def test_no_new_start_if_all_checkpoints_are_corrupt(fails, pretrained, text_dat
 
 def start_two(commands: list[tuple], folders: list[Path]) -> list[str]:
     """Start two processes of one run as on two machines; return their stderr. Both must exit with code 2."""
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [os.environ | rendezvous | {"RANK": str(rank), "LOCAL_RANK": "0"} for rank in (0, 1)]
+    ranks = [os.environ | rank | {"LOCAL_RANK": "0"} for rank in distributed_env(2)]
     triples = zip(commands, folders, ranks, strict=True)
     processes = [ForkedProcess([ROOT / "pretrain.py", *command], cwd, env) for command, cwd, env in triples]
     assert [process.wait(60) for process in processes] == [2, 2]

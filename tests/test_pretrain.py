@@ -157,7 +157,7 @@ def test_an_error_of_one_process_is_reported(text_data, tmp_path):
     row = int(global_rows(TokenDataset(text_data, 64).n_rows["train"], 16, 1337, 0)[8])  # of the second process
     shard[row * 64] = 300
     np.save(tmp_path / "data" / "train_000000.npy", shard)
-    done = start("pretrain.py", "--data", "data", *TRAIN, cwd=tmp_path, processes=2, expect=1)
+    done = start("pretrain.py", "--data", "data", *TRAIN, cwd=tmp_path, processes=2, torchrun=True, expect=1)
     assert "process 1: data holds token 300, but bytes has 257 tokens" in done.stderr
 
 

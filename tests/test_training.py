@@ -366,7 +366,7 @@ procs.close()
 def test_ddp_with_several_buckets_and_compiled_equals_one_process(run_script, tmp_path):
     """A block of 3 MB fills several buckets of 1 MB; smaller models have one bucket only."""
     (tmp_path / "split.py").write_text(SPLIT.format(root=str(ROOT)))
-    one, two = (run_script(tmp_path / "split.py", processes=n, fresh=True).stdout.split() for n in (1, 2))
+    one, two = (run_script(tmp_path / "split.py", processes=n).stdout.split() for n in (1, 2))
     assert one[0] == two[0] == "losses"
     assert [float(loss) for loss in two[1:]] == pytest.approx([float(loss) for loss in one[1:]], rel=1e-5)
 
