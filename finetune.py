@@ -67,6 +67,7 @@ def main(config: Config) -> None:
     run = Run(config, data, procs, training.build_schedule(config, steps), initial.history, resumed)
 
     model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
+    model.activation_checkpointing = config.activation_checkpointing
     optimizer = build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.embedding_lr)
     scaler = training.build_scaler(procs)
     step = run.resume(model, optimizer, scaler)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = {"cpu": 2**24, "gpu": 2**29}  # the loss holds at most this many logits in memory at once
 IGNORE_INDEX = -100  # targets with this value do not count in the loss, as in F.cross_entropy
@@ -244,6 +245,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.activation_checkpointing = False  # compute each block's activations again in the backward pass
         self.lm_head: nn.Module | None = None  # an output layer that replaces the tied one, see minigpt/inference.py
         self.apply(self._init_weights)
 
@@ -304,7 +306,10 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # a residual stream of half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.h:
-            x = block(x, mask, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, mask, cache)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ def build_model(
     """Return the initial model and its optimiser."""
     torch.manual_seed(config.seed)
     model = GPT(replace(model_config, vocab_size=data.tokenizer.vocab_size)).to(procs.device)
+    model.activation_checkpointing = config.activation_checkpointing
     return model, build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.embedding_lr)
 
 
@@ -246,7 +247,8 @@ def print_estimate(config: Config, model: GPT, step_seconds: float, procs: Proce
     need = max(0, n_kept - len(list_checkpoints(folder))) * size
     price = (config.gpu_dollars_per_hour or 0) * procs.world_size
     cost = f", ${duration.total_seconds() / 3600 * price:,.2f} at ${price:g} per hour" if price else ""
-    print(f"memory     {procs.peak_memory():.0%} of the device's memory at peak, per process")
+    peak, total = procs.peak_memory(), procs.total_memory()
+    print(f"memory     {peak / 1e9:.2f} GB at peak per process, {peak / total:.0%} of the device's memory")
     print(f"disk       {need / 1e9:.2f} GB for checkpoints of {size / 1e9:.2f} GB, {free / 1e9:.1f} GB free")
     print(f"peak       100 % MFU is {flops / 1e12:,.2f} TFLOP/s per process ({source})")
     print(f"speed      {tokens_per_s:,.0f} tokens/s, {step_seconds:.2f} s per step, {mfu:.1%} MFU")

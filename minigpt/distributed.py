@@ -93,17 +93,22 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
-    def peak_memory(self) -> float:
-        """Return the peak memory use as a fraction of the memory.
+    def peak_memory(self) -> int:
+        """Return the peak memory use in bytes.
 
-        On a GPU: of this GPU, since the last call. On a CPU: of the machine, since the process started.
+        On a GPU: of this GPU, since the last call. On a CPU: of this process, since it started.
         """
         if self.device.type != "cuda":
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / total
-        used = torch.cuda.max_memory_reserved(self.device) / torch.cuda.mem_get_info(self.device)[1]
+            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used = torch.cuda.max_memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return used
+
+    def total_memory(self) -> int:
+        """Return the memory of this GPU, or of the machine, in bytes."""
+        if self.device.type != "cuda":
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return torch.cuda.mem_get_info(self.device)[1]
 
     def synchronize(self) -> None:
         """Wait for the device, before a clock is read."""

@@ -47,7 +47,7 @@ def test_micro_batch_size_is_found_and_kept(run_script, text_data, tmp_path):
     args = (*args, "--steps", 2, "--no_compile")
     assert "1024 rows x 64 tokens x 1 process x 1 micro-batch" in run_script(*args).stdout
     output = run_script(*args, "--dry_run").stdout
-    assert re.search(r"memory +\d+% of the device's memory at peak", output)
+    assert re.search(r"memory +[\d.]+ GB at peak per process, \d+% of the device's memory", output)
 
 
 @torch.inference_mode()

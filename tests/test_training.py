@@ -407,7 +407,8 @@ def test_the_largest_size_that_fits(monkeypatch, most, expected):
     model, data = OutOfMemory(small_model().config), SimpleNamespace(n_rows={"train": 3}, block_size=8)
     data.batch = lambda split, rows: Batch(*torch.randint(50, (2, len(rows), 8)))
     model.most, model.kept = most, 0
-    monkeypatch.setattr(Processes, "peak_memory", lambda self: model.kept / 10)
+    monkeypatch.setattr(Processes, "peak_memory", lambda self: model.kept)
+    monkeypatch.setattr(Processes, "total_memory", lambda self: 10)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: setattr(model, "kept", 0))
     before = copy.deepcopy(model.state_dict())
     search = functools.partial(find_max_micro_batch_size, model, data, build_optimizer(model, 1e-3, 0.1))
