@@ -6,10 +6,9 @@
     python tests/recipe.py              # all runs that docs/recipe.jsonl does not have yet; hours on a CPU
     python tests/recipe.py 1M/muon      # only the runs with this prefix
 
-Every run of a size sees the same tokens in the same order. Runs train in parallel, one per CPU core; the finetuning
-runs follow when all others are done. Run the command again to resume; at the end, a table is printed. Each result is a
-line of docs/recipe.jsonl: the run's name, the validation loss after each number of tokens, and for finetuning the
-figures of evaluate.py.
+Every run of a size sees the same tokens in the same order. Runs train in parallel, one per CPU core. Run the command
+again to resume; at the end, a table is printed. Each result is a line of docs/recipe.jsonl: the run's name, the
+validation loss after each number of tokens, and for finetuning the figures of evaluate.py.
 """
 
 import itertools
@@ -42,7 +41,7 @@ ARMS = {
     "adamw_wsd": {"optimizer": "adamw", "schedule": "wsd", "decay_fraction": 0.5},
     "muon": {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.5, "lr": 1e-2, "embedding_lr": 4e-3},
 }
-INITIAL = "3M/muon/lr=0.01,embedding_lr=0.032"  # the run that is finetuned
+INITIAL = "1M/muon/embedding_lr=0.032"  # the run that is finetuned
 FINETUNE = {"data": ROOT / "data" / "recipe_dolly", "init": RUNS / INITIAL.replace("/", "_")} | SHARED
 
 
@@ -56,13 +55,18 @@ class Job:
 
 
 def list_jobs() -> Iterator[Job]:
-    """Yield all runs in the order in which they start."""
+    """Yield all runs in the order in which they start: those of the smallest size first, then the finetuning runs."""
+    pretraining = []
     for size, arm, changes in list_pretraining():
         flags = PRETRAIN | SIZES[size] | ARMS[arm] | changes
-        yield Job(format_name(size, arm, changes), "pretrain.py", flags | {"save_every": flags["steps"] // 4})
+        job = Job(format_name(size, arm, changes), "pretrain.py", flags | {"save_every": flags["steps"] // 4})
+        pretraining.append(job)
+    short = [job for job in pretraining if job.flags["steps"] <= 1000 and job.name.startswith("1M")]
+    yield from short
     for changes in list_finetuning():
-        flags = FINETUNE | {"lr": 1e-3, "epochs": 3, "dropout": 0.1, "save_every": 10_000} | changes
+        flags = FINETUNE | {"epochs": 2, "dropout": 0.1, "save_every": 10_000} | changes
         yield Job(format_name("finetune", changes), "finetune.py", flags)
+    yield from (job for job in pretraining if job not in short)
 
 
 def list_pretraining() -> Iterator[tuple[str, str, dict]]:
@@ -84,26 +88,31 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
         yield "1M", "muon", {"steps": steps, "embedding_lr": 3.2e-2}
     for changes in ({"lr": 2e-2}, {"lr": 5e-3}, {"weight_decay": 0}):
         yield "1M", "muon", changes | {"embedding_lr": 3.2e-2}
-    for lr in (2e-3, 4e-3):
-        yield "3M", "adamw_wsd", {"lr": lr}
+    for seed in (1, 2):
+        yield "1M", "adamw_wsd", {"lr": 4e-3, "embedding_lr": 1.6e-2, "seed": seed}
+        yield "1M", "muon", {"embedding_lr": 3.2e-2, "seed": seed}
+    for lr in (4e-3, 2e-3):
+        yield "3M", "adamw_wsd", {"lr": lr, "embedding_lr": 1.6e-2}
     for lr in (1e-2, 5e-3):
         yield "3M", "muon", {"lr": lr, "embedding_lr": 3.2e-2}
-    for seed in (1, 2):
-        yield "1M", "adamw_wsd", {"lr": 4e-3, "seed": seed}
-        yield "1M", "muon", {"embedding_lr": 3.2e-2, "seed": seed}
     yield "3M", "reference", {"lr": 2e-3}
+    yield "10M", "adamw_wsd", {"lr": 2e-3, "embedding_lr": 1.6e-2}
+    yield "10M", "muon", {"lr": 1e-2, "embedding_lr": 3.2e-2}
+    for changes in ({}, {"weight_decay": 0}):
+        yield "1M", "muon", {"steps": 10_000, "embedding_lr": 3.2e-2} | changes
+    yield "1M", "adamw_wsd", {"steps": 10_000, "lr": 4e-3, "embedding_lr": 1.6e-2}
 
 
 def list_finetuning() -> Iterator[dict]:
     """Yield the flags that differ from the defaults in `list_jobs`."""
-    for lr in (1e-4, 3e-4, 1e-3, 3e-3):
+    for lr in (1e-3, 3e-3, 3e-4, 1e-2):
         yield {"lr": lr}
-    yield {"dropout": 0.0}
-    yield {"schedule": "wsd", "decay_fraction": 1.0}
-    for epochs in (1, 6):
-        yield {"epochs": epochs}
     for lr in (1e-3, 3e-3):
-        yield {"optimizer": "muon", "lr": lr, "embedding_lr": 1e-3}
+        yield {"optimizer": "muon", "lr": lr, "embedding_lr": 3e-3}
+    yield {"lr": 3e-3, "schedule": "wsd", "decay_fraction": 1.0}
+    yield {"lr": 3e-3, "dropout": 0.0}
+    for epochs in (1, 4):
+        yield {"lr": 3e-3, "epochs": epochs}
 
 
 def format_name(*parts: str | dict) -> str:
@@ -171,16 +180,16 @@ def print_table(results: dict[str, list[list[float]]]) -> None:
 def main(prefix: str = "") -> None:
     done = read_results()
     RUNS.mkdir(parents=True, exist_ok=True)
-    jobs = [job for job in list_jobs() if job.name.startswith(prefix) and job.name not in done]
-    for script in ("pretrain.py", "finetune.py"):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = [pool.submit(train, job) for job in jobs if job.script == script]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:  # a run failed, or Ctrl-C: do not start the others
-                pool.shutdown(cancel_futures=True)
-                raise
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [
+            pool.submit(train, job) for job in list_jobs() if job.name.startswith(prefix) and job.name not in done
+        ]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # a run failed, or Ctrl-C: do not start the others
+            pool.shutdown(cancel_futures=True)
+            raise
     print_table(read_results())
 
 
