@@ -5,6 +5,7 @@
     python prepare_fineweb.py --files books/ 'mine/*.txt' more.jsonl.gz --out data/mine
     python prepare_fineweb.py --files reviews.csv --text_field review --out data/reviews
     python prepare_fineweb.py --files project/ --text_suffixes .py .c --out data/code
+    python prepare_fineweb.py --name default --out data/large --part 3/64       # one of 64 jobs, see docs/scaling.md
 
 `--files` takes .txt, .md, .jsonl, .csv and .parquet files, and folders saved by datasets.save_to_disk. The shards and
 `meta.json` go into `--out`, which `pretrain.py` reads. FineWeb-Edu's 10 billion tokens take 20 GB of disk and a few
@@ -18,12 +19,13 @@ import math
 import shlex
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from minigpt import cli, shards
 from minigpt.cli import Progress, UserError
+from minigpt.parts import Part, merge_parts, parse_part
 from minigpt.prefetch import prefetch
 from minigpt.shards import FORMAT_VERSIONS, MIN_SPLIT_TOKENS, SPLITS, ShardWriter, SplitChooser
 from minigpt.sources import (
@@ -51,6 +53,8 @@ class Config(DatasetConfig, TextSourceConfig):
     """Tokens per shard, two bytes each."""
     max_tokens: int | None = None
     """Stop after the document that reaches this number of tokens."""
+    part: str | None = None
+    """INDEX/COUNT: prepare every COUNT-th input file, for several jobs; the last to end completes --out."""
 
 
 class SuggestedRun(NamedTuple):
@@ -76,11 +80,19 @@ GPT2_TOKENS = 1_000_000_000  # from here on pretrain.py's defaults suit a GPU
 def main(config: Config) -> None:
     check_config(config)
     source = open_text_source(config)
+    whole, part = config, parse_part(config.part) if config.part else None
+    if part is not None:
+        source.take_part(part.index, part.count)
+        config = replace(config, out=config.out / part.folder_name)
+        if (whole.out / "meta.json").exists() and not config.out.exists():
+            raise UserError(f"{whole.out} already holds another dataset: choose another --out or delete it")
     tokenizer = load_tokenizer(config.tokenizer)
     meta = dataset_meta(config, source, tokenizer)
     progress = shards.begin_dataset(config.out, meta)
     if progress is None:
         print(f"{config.out} is already complete")
+        if part is not None:
+            return finish_part(whole, part)
         meta = shards.read_meta(config.out, "text")
         shards.open_arrays(config.out, meta)  # checks their lengths
         print_summary(config, meta)
@@ -95,7 +107,10 @@ def main(config: Config) -> None:
         shards.discard_dataset(config.out)
         raise
     shards.finish_dataset(config.out, meta)
-    print_summary(config, meta, f", {time.perf_counter() - started:.0f} s")
+    if part is not None:
+        finish_part(whole, part)
+    else:
+        print_summary(config, meta, f", {time.perf_counter() - started:.0f} s")
 
 
 def check_config(config: Config) -> None:
@@ -103,6 +118,20 @@ def check_config(config: Config) -> None:
     config.check()
     cli.check_range("shard_tokens", config.shard_tokens, 1, 2**31)
     cli.check_range("max_tokens", config.max_tokens, 1)
+    if config.part is not None:
+        parse_part(config.part)
+        if config.max_tokens is not None:
+            raise UserError("--part and --max_tokens cannot be combined: limit the input files instead")
+
+
+def finish_part(config: Config, part: Part) -> None:
+    """Complete the whole dataset if this was its last part."""
+    meta = merge_parts(config.out, part.count)
+    if meta is None:
+        print(f"part {part.index} of {part.count} is complete; the last part to end completes {config.out}")
+    else:
+        load_tokenizer(config.tokenizer).save(config.out)
+        print_summary(config, meta)
 
 
 def dataset_meta(config: Config, source: FileSource | HubSource, tokenizer: Tokenizer) -> dict:
@@ -117,7 +146,7 @@ def dataset_meta(config: Config, source: FileSource | HubSource, tokenizer: Toke
         "shard_tokens": config.shard_tokens,
         "val_fraction": config.val_fraction,
         "max_tokens": config.max_tokens,
-    }
+    } | ({"part": config.part} if config.part else {})
 
 
 def write_splits(
@@ -132,7 +161,7 @@ def write_splits(
         progress = {"val_fraction_used": config.val_fraction} | progress
         val_fraction = progress["val_fraction_used"]
         writers, chooser, n_empty = tokenize(config, source, tokenizer, meta, progress)
-        if writers["val"].tokens >= MIN_VAL_TOKENS and writers["train"].tokens:
+        if config.part or (writers["val"].tokens >= MIN_VAL_TOKENS and writers["train"].tokens):
             break
         skipped = f"{plural(n_empty, 'empty one')} skipped"
         progress = {"val_fraction_used": chooser.choose(config.val_fraction, "document", skipped)}
@@ -140,7 +169,7 @@ def write_splits(
             break
         shards.save_progress(config.out, meta, progress)
     for split, writer in writers.items():
-        if writer.tokens < MIN_SPLIT_TOKENS:
+        if writer.tokens < MIN_SPLIT_TOKENS and not config.part:
             n_tokens = plural(writer.tokens, "token")
             raise UserError(f"the {split} split has {n_tokens}, expected at least {MIN_SPLIT_TOKENS}: give more text")
     entries = {split: writer.close() for split, writer in writers.items()} | {"skipped_empty": n_empty}

@@ -326,8 +326,8 @@ def open_arrays(folder: Path, meta: dict) -> dict[str, list[np.ndarray]]:
     entries = {split: [(entry["file"], entry["length"]) for entry in meta[split]["files"]] for split in SPLITS}
     raise_file_limit()
     for name, _ in [entry for split in SPLITS for entry in entries[split]]:
-        if Path(name).name != name:
-            raise UserError(f"{folder}/meta.json names {name!r}, which is not a file in the folder")
+        if not re.fullmatch(r"(part_\d+_of_\d+/)?[^/\0]+", name) or Path(name).name in ("", ".", ".."):
+            raise UserError(f"{folder}/meta.json names {name!r}, which is not a file in the folder or in a part of it")
     return {split: [open_array(folder / name, length) for name, length in entries[split]] for split in SPLITS}
 
 

@@ -93,6 +93,11 @@ class FileSource:
     def __init__(self, files: Sequence[Path], text_field: str | None = "text", max_record_mb: int = MAX_RECORD_MB):
         self.files, self.text_field, self.max_record_mb, self.position = files, text_field, max_record_mb, 0
 
+    def take_part(self, index: int, count: int) -> None:
+        """Keep every `count`-th file, from number `index` on. Raises `UserError` if there are fewer files."""
+        check_part_count(count, len(self.files))
+        self.files = self.files[index - 1 :: count]
+
     def metadata(self) -> dict:
         """Return the names, sizes and checksums of the files, for meta.json."""
         return {"files": [{"file": str(f), "bytes": f.stat().st_size, "sha256": sha256(f)} for f in self.files]}
@@ -124,6 +129,7 @@ class HubSource:
         # rows so far; state of the stream before the last table; rows of that table
         self.position = self.start = {"row": 0, "table": None, "done": 0}
         self.revision: str | None = None
+        self.part = (1, 1)
         self.open()
 
     def open(self) -> None:
@@ -134,12 +140,20 @@ class HubSource:
         try:
             self.revision = self.revision or HfApi().dataset_info(self.dataset).sha
             options = {"name": self.name, "split": self.split, "streaming": True, "revision": self.revision}
-            self.stream = load_dataset(self.dataset, **options).with_format("arrow")
+            stream = load_dataset(self.dataset, **options).with_format("arrow")
         except Exception as error:  # the client raises many types: unknown name, no network, a private dataset
             raise NetworkError(
                 f"dataset {self.label} cannot be opened: {first_line(error)}; check the name and the network, or use"
                 " --files"
             ) from None
+        index, count = self.part
+        check_part_count(count, stream.num_shards)
+        self.stream = stream.shard(count, index - 1, contiguous=False) if count > 1 else stream
+
+    def take_part(self, index: int, count: int) -> None:
+        """Keep every `count`-th file, from number `index` on. Raises `UserError` if there are fewer files."""
+        self.part = (index, count)
+        self.open()
 
     def metadata(self) -> dict:
         """Return the name and revision of the dataset, for meta.json."""
@@ -175,6 +189,12 @@ class HubSource:
                 self.position = {"row": row, "table": begin, "done": done}
                 yield f"{self.label} row {row}", record
             begin, done = self.stream.state_dict(), 0
+
+
+def check_part_count(count: int, n_files: int) -> None:
+    """Raise `UserError` if there are fewer files than parts."""
+    if count > n_files:
+        raise UserError(f"--part: {count} parts of {plural(n_files, 'file')}: use at most one part for each file")
 
 
 def open_text_source(config: TextSourceConfig) -> FileSource | HubSource:
