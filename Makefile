@@ -30,7 +30,7 @@ demo: $(VENV)/installed
 		--out data/demo
 	$(PY) prepare_dolly.py --files data/sample/chat.jsonl --val_files data/sample/chat_val.jsonl \
 		--tokenizer data/demo_tokenizer --block_size 256 --out data/demo_chat
-	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 600 --batch_tokens 2048 --lr 3e-3 \
+	$(PY) pretrain.py --data data/demo --out runs/demo --model demo --steps 600 --batch_tokens 2048 --lr 1e-2 \
 		--val_every 150 --save_every 300
 	$(PY) finetune.py --init runs/demo --data data/demo_chat --out runs/demo_chat --epochs 5 --batch_tokens 2048 \
 		--lr 3e-3 --dropout 0 --val_every 300 --save_every 600 --best_by step

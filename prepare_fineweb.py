@@ -71,8 +71,8 @@ class SuggestedRun(NamedTuple):
 SUGGESTED_EPOCHS, MIN_STEPS = 8, 50
 SUGGESTED_RUNS = (  # the first that fits
     SuggestedRun(True, 200_000_000, "--batch_tokens 131072", 1024, 131_072, math.inf),
-    SuggestedRun(True, 0, "--model small --batch_tokens 16384 --lr 1e-3", 256, 16_384, math.inf),
-    SuggestedRun(False, 0, "--model demo --batch_tokens 4096 --lr 4e-3", 256, 4096, 2500),
+    SuggestedRun(True, 0, "--model small --batch_tokens 16384 --lr 4e-3", 256, 16_384, math.inf),
+    SuggestedRun(False, 0, "--model demo --batch_tokens 4096 --lr 1e-2", 256, 4096, 2500),
 )
 GPT2_TOKENS = 1_000_000_000  # from here on pretrain.py's defaults suit a GPU
 

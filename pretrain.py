@@ -6,7 +6,7 @@
     python pretrain.py --model demo --n_layer 6 --block_size 128    # your own size
     python pretrain.py --dry_run --gpu_dollars_per_hour 2           # measure speed, time and cost; write nothing
 
-If a run is interrupted, run the same command again to resume. The default run, 19,073 steps of 524,288 tokens, is 10
+If a run is interrupted, run the same command again to resume. The default run, 9,536 steps of 524,288 tokens, is 5
 billion tokens; the README estimates its hours and price. The validation loss starts near 10.9.
 """
 
@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 
 from minigpt import cli, training
+from minigpt.checkpoint import checkpoint_bytes
 from minigpt.cli import UserError, resumable
 from minigpt.dataset import TokenDataset, train_batches, val_batches
 from minigpt.distributed import Processes, init_processes, parallelize
@@ -47,9 +48,11 @@ class Config(TrainConfig):
     data: str = resumable("data/fineweb_edu")
     out: str = resumable("runs/gpt2")
     batch_tokens: int = 524_288
-    lr: float = 6e-4
-    steps: int = 19_073
-    """Optimiser steps, by default 10 billion tokens; with --schedule wsd, they can change until the decay starts."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: float = 1.8e-3
+    schedule: Literal["cosine", "wsd"] = "wsd"
+    steps: int = 9_536
+    """Optimiser steps, by default 5 billion tokens; with --schedule wsd, they can change until the decay starts."""
     dropout: float = 0.0
     val_every: int = resumable(250)
     save_every: int = resumable(1000)
@@ -229,11 +232,13 @@ def dry_run(config: Config, data: TokenDataset, model_config: GPTConfig, batch_s
     one, several = (statistics.median(time_step(size) for _ in range(3)) for size in (1, n))
     step_seconds = several + (len(batches) - n) * (several - one) / (n - 1) if n > 1 else one
     if procs.is_main:
-        print_estimate(config, model, step_seconds, procs)
+        print_estimate(config, model, optimizer, step_seconds, procs)
     procs.close()
 
 
-def print_estimate(config: Config, model: GPT, step_seconds: float, procs: Processes) -> None:
+def print_estimate(
+    config: Config, model: GPT, optimizer: torch.optim.Optimizer, step_seconds: float, procs: Processes
+) -> None:
     """Print what the whole run needs. Raises `UserError` if its checkpoints do not fit on the disk."""
     tokens_per_s, (flops, source) = config.batch_tokens / step_seconds, peak_flops(procs)
     mfu = tokens_per_s * model.flops_per_token() / (flops * procs.world_size)
@@ -241,7 +246,7 @@ def print_estimate(config: Config, model: GPT, step_seconds: float, procs: Proce
     folder = Path(config.out)
     disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free
-    size = 12 * sum(parameter.numel() for parameter in model.parameters())  # weights and two averages, in float32
+    size = checkpoint_bytes(model, optimizer)
     # The kept checkpoints, the best, that before the decay, and the one being written, less those that exist.
     n_kept = config.keep + (3 if config.schedule == "wsd" else 2)
     need = max(0, n_kept - len(list_checkpoints(folder))) * size

@@ -129,6 +129,11 @@ def optimizer_state_dict(model: GPT, optimizer: torch.optim.Optimizer) -> dict[s
     return {f"{key}.{names[p]}": tensor for p, state in optimizer.state.items() for key, tensor in state.items()}
 
 
+def checkpoint_bytes(model: GPT, optimizer: torch.optim.Optimizer) -> int:
+    """Return the size of a checkpoint after the first step: weights and optimiser state, without the headers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *optimizer_state_dict(model, optimizer).values()))
+
+
 def load_optimizer_state_dict(
     folder: Path, meta: dict, model: GPT, optimizer: torch.optim.Optimizer, verified: bool = False
 ) -> None:

@@ -28,13 +28,13 @@ def build_optimizer(
     Args:
         weight_decay: of 2-D parameters only; with Muon, of the matrices of the blocks only.
         name: "adamw" or "muon".
-        embedding_lr: the learning rate of embeddings, biases and LayerNorms; default: `lr`.
+        embedding_lr: the learning rate of embeddings, biases and LayerNorms; default: `lr`, with Muon twice `lr`.
     """
     is_muon = name == "muon"
     matrices = [p for p in model.h.parameters() if p.dim() >= 2]
     embeddings = [model.wte.weight, model.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms
-    lr_ratio = (embedding_lr or lr) / lr
+    lr_ratio = embedding_lr / lr if embedding_lr else 2.0 if is_muon else 1.0
     groups = [
         {"params": matrices, "weight_decay": weight_decay, "is_muon": is_muon},
         {"params": embeddings, "weight_decay": 0.0 if is_muon else weight_decay, "lr_ratio": lr_ratio},

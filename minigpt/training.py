@@ -50,7 +50,7 @@ class TrainConfig:
     warmup_steps: int | None = resumable(None)
     """Steps with linear warmup of the learning rate; default: 4 % of the steps at the first start."""
     embedding_lr: float | None = None
-    """Peak learning rate of embeddings, biases and LayerNorms; default: --lr."""
+    """Peak learning rate of embeddings, biases and LayerNorms; default: --lr, with Muon twice --lr."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Learning rate after the warmup: a cosine down to a tenth, or constant, then a linear decay to 0 (wsd)."""
     decay_fraction: float = 0.3

@@ -84,7 +84,7 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
         yield "1M", "muon", {"steps": steps}
     for embedding_lr in (1.6e-2, 3.2e-2):
         yield "1M", "adamw_wsd", {"lr": 4e-3, "embedding_lr": embedding_lr}
-    for steps in (500, 400):
+    for steps in (500, 400, 600):
         yield "1M", "muon", {"steps": steps, "embedding_lr": 3.2e-2}
     for changes in ({"lr": 2e-2}, {"lr": 5e-3}, {"weight_decay": 0}):
         yield "1M", "muon", changes | {"embedding_lr": 3.2e-2}

@@ -276,7 +276,7 @@ def test_numbers_become_curves_and_samples_become_text(tmp_path):
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "**prompt**\n\n    Once\n\n**text**\n\n    upon\n      a time" in texts["samples/text_summary"]
     assert texts["note/text_summary"] == "    a\n    # b" and "6e-4" not in texts["config/text_summary"]
-    assert "**lr**\n\n    0.0006" in texts["config/text_summary"]
+    assert "**lr**\n\n    0.0018" in texts["config/text_summary"]
 
     tracker = open_tracker("wandb", tmp_path, pretrain.Config(), 0)
     tracker.log(ROW)

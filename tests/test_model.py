@@ -323,6 +323,27 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, rows, dtype):
         assert one.dtype == other.dtype and (one - other).norm() <= tolerance * other.norm()
 
 
+def test_activation_checkpointing_saves_the_input_of_each_block_only():
+    """The bytes that wait for the backward pass; the peak of a process depends on the memory allocator too."""
+    model, tokens = GPT(replace(SMALL, n_layer=6)), torch.randint(SMALL.vocab_size, (5, 12))
+
+    def saved_bytes() -> int:
+        storages = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(tokens, tokens)
+        weights = {parameter.data_ptr() for parameter in model.parameters()}
+        assert loss.requires_grad
+        return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+    plain, model.activation_checkpointing = saved_bytes(), True
+    assert saved_bytes() < plain / 4
+
+
 def test_model_and_loss_compile_to_one_graph():
     """torch.compile needs no graph break, and loss and gradients stay the same."""
     torch.compiler.reset()  # shapes of other tests would make these dynamic

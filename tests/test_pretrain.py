@@ -14,6 +14,7 @@ from test_shards import write_bin
 import evaluate
 from minigpt import checkpoint, runs
 from minigpt.dataset import TokenDataset, global_rows
+from minigpt.optim import build_optimizer
 
 
 def losses(run) -> list[float]:
@@ -34,7 +35,7 @@ def test_learns_and_logs(pretrained):
 
 def test_checkpoints_are_validated_and_described(pretrained):
     folders = runs.list_checkpoints(pretrained)
-    assert [folder.name for folder in folders] == ["step_000006", "step_000012"]
+    assert [folder.name for folder in folders] == ["step_000008", "step_000012"]  # the first is that before the decay
     rows = [row for row in read_log(pretrained) if "val_loss" in row]
     validations = {row.pop("step"): row for row in rows if row.pop("tokens") >= 0}
     assert all(row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=0.01) for row in rows)
@@ -52,16 +53,18 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
     assert "tiny: 35,744 parameters" in done.stdout
     assert "left" in done.stdout and "MFU" not in done.stdout and not done.stderr
     kept = {folder.name for folder in runs.list_checkpoints(tmp_path / "runs" / "mine")}
-    assert "step_000012" in kept and len(kept) <= 2  # the newest, and the best if that is another
-    assert "lr         peak 0.003 after 0 steps, cosine decay from step 0\n" in done.stdout
+    assert {"step_000008", "step_000012"} <= kept and len(kept) <= 3  # also the best, if that is another
+    assert "lr         peak 0.003 after 0 steps, wsd decay from step 8\n" in done.stdout
     assert "step 0: validation loss 5.5" in done.stdout  # ln 257 = 5.549: the loss of uniform predictions
     assert f"next: python {ROOT}/generate.py --checkpoint runs/mine --prompt 'Once upon a time'\n" in done.stdout
 
 
-MUON = ("--optimizer", "muon", "--embedding_lr", 1e-3, "--schedule", "wsd", "--decay_fraction", 0.5)
+ADAMW = ("--optimizer", "adamw", "--schedule", "cosine")
 
 
-@pytest.mark.parametrize("flags", [(), ("--dropout", 0.2), MUON, ("--dtype", "float16")])
+@pytest.mark.parametrize(
+    "flags", [("--decay_fraction", 0.5), ("--dropout", 0.2, *ADAMW), ("--dtype", "float16", *ADAMW)]
+)
 def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, flags):
     """A run that crashed after step 8 resumes to the same bits, and no step is logged twice."""
     args = ("pretrain.py", "--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4, *flags)
@@ -72,7 +75,7 @@ def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, flags):
     rows = (broken / "log.jsonl").read_text().splitlines(keepends=True)
     (broken / "log.jsonl").write_text("".join(rows[:11]) + rows[11][:20])  # the last line is cut in the middle
     done = run_script(*args, "--out", "./broken")
-    assert "6 completed" in done.stdout
+    assert re.search(r"12 steps, [68] completed", done.stdout)
     for file in ("model.safetensors", "train_state.safetensors"):
         assert (whole / "step_000012" / file).read_bytes() == (broken / "step_000012" / file).read_bytes()
     timeless = [[{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in read_log(run)]
@@ -85,7 +88,7 @@ def test_a_changed_number_of_steps_gives_the_run_that_was_planned_so(
     run_script, text_data, tmp_path, steps, decay_start
 ):
     """A run of 12 steps, whose decay starts at step 6, becomes longer or shorter."""
-    args = ("pretrain.py", "--data", text_data, *TRAIN[:2], *TRAIN[4:], *MUON)
+    args = ("pretrain.py", "--data", text_data, *TRAIN[:2], *TRAIN[4:], "--decay_fraction", 0.5)
     args = (*args, "--warmup_steps", 2, "--val_every", 4, "--save_every", 4, "--keep", 9)
     run_script(*args, "--steps", 12, "--out", "./first")
     run_script(*args, "--steps", steps, "--out", "./planned")
@@ -103,7 +106,7 @@ def test_a_crash_before_the_first_checkpoint_starts_again(run_script, text_data,
     """No row of the first attempt stays in the log."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 0, "val_loss": 5}\n{"step": 1, "loss": 5}\n{"st')
-    run_script("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN, "--steps", 2)
+    run_script("pretrain.py", "--data", text_data, "--out", "./run", *TRAIN, "--steps", 2, *ADAMW)
     rows = [(row["step"], "val_loss" in row) for row in read_log(tmp_path / "run")]
     assert rows == [(0, True), (1, False), (2, False), (2, True)]
 
@@ -143,8 +146,8 @@ def test_two_processes_equal_one(pretrained, text_data, tmp_path):
         assert losses(tmp_path / run) == pytest.approx(losses(pretrained), rel=1e-5)
 
 
-def test_two_processes_equal_one_with_muon(text_data, tmp_path):
-    args = ("pretrain.py", "--data", text_data, *TRAIN, *MUON, "--micro_batch_size", 4)
+def test_two_processes_equal_one_with_adamw(text_data, tmp_path):
+    args = ("pretrain.py", "--data", text_data, *TRAIN, *ADAMW, "--micro_batch_size", 4)
     for processes in (1, 2):
         start(*args, "--out", f"./{processes}", cwd=tmp_path, processes=processes)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
@@ -185,15 +188,6 @@ def test_activation_checkpointing_changes_no_bit(run_script, text_data, tmp_path
     for file in ("model.safetensors", "train_state.safetensors"):
         plain, checkpointing = (tmp_path / run / "step_000012" / file for run in ("plain", "checkpointing"))
         assert plain.read_bytes() == checkpointing.read_bytes()
-
-
-def test_activation_checkpointing_needs_less_memory(run_script, text_data):
-    """The dry run shows the peak of the process."""
-    size = ("--model", "tiny", "--n_layer", 8, "--n_embd", 128, "--batch_tokens", 4096, "--micro_batch_size", 64)
-    flags = ("--data", text_data, *size, "--steps", 1, "--dry_run")
-    printed = [run_script("pretrain.py", *flags, *more).stdout for more in ((), ("--activation_checkpointing",))]
-    plain, checkpointing = (float(re.search(r"memory +([\d.]+) GB", text)[1]) for text in printed)
-    assert checkpointing < plain - 0.05  # about 36 B for each token, channel and layer are 0.15 GB
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -294,8 +288,10 @@ def test_dry_run_predicts_the_size_of_checkpoints(pretrained):
     """Equal to the size on disk, up to the headers of the files."""
     meta = runs.read_meta(pretrained / "step_000012")
     model = checkpoint.load_model(pretrained / "step_000012", meta)
+    optimizer = build_optimizer(model, 1e-3, 0.1, "muon")
+    checkpoint.load_optimizer_state_dict(pretrained / "step_000012", meta, model, optimizer)
     real = sum(file.stat().st_size for file in (pretrained / "step_000012").glob("*.safetensors"))
-    assert 12 * sum(p.numel() for p in model.parameters()) == pytest.approx(real, rel=0.15) and real > 100_000
+    assert checkpoint.checkpoint_bytes(model, optimizer) == pytest.approx(real, rel=0.05) and real > 100_000
 
 
 def test_trains_on_the_shards_of_other_repositories(run_script, gpt2_tokenizer, tmp_path):
