@@ -31,8 +31,8 @@ def build_optimizer(
         embedding_lr: the learning rate of embeddings, biases and LayerNorms; default: `lr`, with Muon twice `lr`.
     """
     is_muon = name == "muon"
-    matrices = [p for p in model.h.parameters() if p.dim() >= 2]
-    embeddings = [model.wte.weight, model.wpe.weight]
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and not any(p is weight for weight in embeddings)]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorms
     lr_ratio = embedding_lr / lr if embedding_lr else 2.0 if is_muon else 1.0
     groups = [
