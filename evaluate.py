@@ -104,9 +104,9 @@ def main(config: Config) -> None:
 
         figures["tasks"] = evaluate_tasks(loaded, tasks, procs, config.max_examples)
         print_on_main(procs, format_tasks(figures["tasks"]))
-    if config.json is not None and procs.is_main:
-        append_line(config.json, json.dumps(figures))
-        print(f"figures appended to {config.json}")
+    if config.json is not None:
+        procs.call_on_main(append_line, config.json, json.dumps(figures))
+        print_on_main(procs, f"figures appended to {config.json}")
     procs.close()
 
 

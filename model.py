@@ -303,7 +303,7 @@ class GPT(nn.Module):
             positions, mask = torch.arange(length, device=tokens.device), None
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        if torch.is_autocast_enabled(x.device.type):  # a residual stream of half the bytes
+        if torch.is_autocast_enabled(x.device.type):  # keep the residual stream in half precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.h:
             if self.activation_checkpointing and torch.is_grad_enabled():

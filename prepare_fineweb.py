@@ -84,8 +84,7 @@ def main(config: Config) -> None:
     if part is not None:
         source.take_part(part.index, part.count)
         config = replace(config, out=config.out / part.folder_name)
-        if (whole.out / "meta.json").exists() and not config.out.exists():
-            raise UserError(f"{whole.out} already holds another dataset: choose another --out or delete it")
+        check_other_parts(whole.out, part)
     tokenizer = load_tokenizer(config.tokenizer)
     meta = dataset_meta(config, source, tokenizer)
     progress = shards.begin_dataset(config.out, meta)
@@ -126,12 +125,19 @@ def check_config(config: Config) -> None:
 
 def finish_part(config: Config, part: Part) -> None:
     """Complete the whole dataset if this was its last part."""
-    meta = merge_parts(config.out, part.count)
+    meta = merge_parts(config.out, part.count, load_tokenizer(config.tokenizer))
     if meta is None:
-        print(f"part {part.index} of {part.count} is complete; the last part to end completes {config.out}")
+        print(f"part {part.index} of {part.count} is complete; the last one to finish completes {config.out}")
+        print(f"if all parts are complete and {config.out} is not, run any of them again")
     else:
-        load_tokenizer(config.tokenizer).save(config.out)
         print_summary(config, meta)
+
+
+def check_other_parts(folder: Path, part: Part) -> None:
+    """Raise `UserError` if the folder holds another dataset, or parts of another number."""
+    other_counts = [path for path in folder.glob("part_*_of_*") if not path.name.endswith(f"_of_{part.count:03d}")]
+    if other_counts or ((folder / "meta.json").exists() and not (folder / part.folder_name).exists()):
+        raise UserError(f"{folder} already holds another dataset: choose another --out or delete it")
 
 
 def dataset_meta(config: Config, source: FileSource | HubSource, tokenizer: Tokenizer) -> dict:

@@ -231,8 +231,7 @@ def dry_run(config: Config, data: TokenDataset, model_config: GPTConfig, batch_s
     time_step(n)  # compiles, and allocates the optimiser state
     one, several = (statistics.median(time_step(size) for _ in range(3)) for size in (1, n))
     step_seconds = several + (len(batches) - n) * (several - one) / (n - 1) if n > 1 else one
-    if procs.is_main:
-        print_estimate(config, model, optimizer, step_seconds, procs)
+    procs.call_on_main(print_estimate, config, model, optimizer, step_seconds, procs)
     procs.close()
 
 

@@ -118,8 +118,8 @@ class Processes:
     def close(self) -> None:
         """Leave the process group.
 
-        A thread of gloo needs the GIL to free the tensors of the last collective. The barrier releases the GIL for it;
-        else it can wait for ever on the main thread, which joins it.
+        A thread of gloo needs the GIL to free the tensors of the last collective. The barrier releases the GIL. Without
+        it, that thread and the main thread, which joins it, can deadlock.
         """
         if dist.is_initialized():
             dist.barrier()
@@ -146,7 +146,7 @@ def init_processes(device: str | None, dtype: str | None, deterministic: bool = 
         tune_malloc()
     if world_size > 1:
         if rank == 0:
-            warn_of_restarts()
+            warn_if_restarts_fail()
         store = rendezvous(rank, world_size)
         backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
@@ -162,7 +162,7 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
         store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # After a restart, torchrun passes the store that still has the addresses of the dead processes (pytorch
-            # issue 135712). A prefix hides them. On several machines the counts can differ, see `warn_of_restarts`.
+            # issue 135712). A prefix hides them. On several machines, counts can differ: see `warn_if_restarts_fail`.
             store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set(f"started_{rank}", "")
         store.wait([f"started_{other}" for other in range(world_size)], START_TIMEOUT)
@@ -175,10 +175,14 @@ def rendezvous(rank: int, world_size: int) -> dist.Store:
     return store
 
 
-def warn_of_restarts() -> None:
+def n_machines() -> int:
+    """Return the number of machines, each with its torchrun."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def warn_if_restarts_fail() -> None:
     """Warn if the processes of several machines could not meet again after torchrun has restarted them."""
-    several_machines = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
-    if several_machines and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if n_machines() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         print(
             "warning: with several machines, restarts work only if TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set for"
             " torchrun on each of them",
@@ -192,7 +196,7 @@ def restarts_on_failure() -> bool:
 
 
 def seconds_since_launch() -> float:
-    """Return the seconds since torchrun started, which outlives restarts, or without torchrun since this process did.
+    """Return the seconds since torchrun started, including restarts; without torchrun, since this process started.
 
     Without Linux's /proc, return 0.
     """
@@ -208,12 +212,14 @@ def seconds_since_launch() -> float:
 def stop_with_launcher() -> None:
     """Let Linux send a signal to this process when torchrun ends, also by `kill -9`, so that no process is orphaned.
 
-    SIGTERM stops the run. With restarts it is SIGKILL: the torchruns of the other machines then start the run again.
+    SIGTERM stops the run. With restarts and several machines it is SIGKILL: for the torchruns of the other machines,
+    this is a failure, and they start the run again.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     launcher = os.getppid()
     if prctl is not None and launcher != 1:
-        prctl(1, signal.SIGKILL if restarts_on_failure() else signal.SIGTERM)  # PR_SET_PDEATHSIG
+        others_restart = restarts_on_failure() and n_machines() > 1
+        prctl(1, signal.SIGKILL if others_restart else signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != launcher:  # it ended before the call
             raise UserError("torchrun has ended")
 
@@ -244,7 +250,7 @@ def find_device(device: str | None) -> torch.device:
 def find_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """Return the named precision; None is the fastest that the device supports in hardware.
 
-    That is bfloat16 on GPUs since 2020, float16 on older ones with tensor cores (T4, V100), else float32.
+    That is bfloat16 on GPUs since 2020, float16 on older ones from compute capability 7.0 (V100, T4), else float32.
     """
     if dtype is not None:
         return getattr(torch, dtype)
@@ -292,6 +298,7 @@ def compile_blocks(model: GPT) -> GPT:
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 products are exact by choice
     compiled = copy.copy(model)
     options = {"fullgraph": True, "dynamic": False}
+    torch._dynamo.config.recompile_limit = 32  # shapes, also those of the micro-batch search; the default is 8
     blocks = nn.ModuleList(torch.compile(block, **options) for block in model.h)
     compiled._modules = model._modules | {"h": blocks}  # a module's copy shares this dict
     compiled.loss = torch.compile(model.loss, **options)

@@ -94,6 +94,7 @@ class MetricsLogger:
         if finite:
             self.skipped_steps = 0
         elif math.isfinite(loss) and (loss_scale or 0) >= 1:
+            self.skipped_steps = 0
             self.progress.print(
                 f"step {step:,} skipped: gradients overflow float16; the loss scale is now {loss_scale:g}"
             )

@@ -26,7 +26,7 @@ def build_optimizer(
     """Return fused AdamW (Loshchilov & Hutter, 2019) with GPT-3's betas, or `Muon` for the matrices of the blocks.
 
     Args:
-        weight_decay: of 2-D parameters only; with Muon, of the matrices of the blocks only.
+        weight_decay: applied to 2-D parameters only; with Muon, to the matrices of the blocks only.
         name: "adamw" or "muon".
         embedding_lr: the learning rate of embeddings, biases and LayerNorms; default: `lr`, with Muon twice `lr`.
     """

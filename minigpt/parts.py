@@ -5,7 +5,6 @@ data/large/meta.json           written when all parts are complete: it lists the
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from filelock import FileLock, Timeout
 from minigpt.cli import UserError
 from minigpt.files import check_manifest, read_json, write_manifest
 from minigpt.shards import MIN_SPLIT_TOKENS, SHAPES, SPLITS
+from minigpt.tokenizer import Tokenizer
 
-MERGE_SECONDS = 60  # writing the list takes a moment; waiting longer means that a process hangs
+LOCK_TIMEOUT = 60  # in seconds; writing the list takes a moment
+PART = SHAPES["text"] | {"kind": str, "version": int, "text_field": str, "shard_tokens": int, "skipped_empty": int}
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,32 @@ class Part:
 
 
 def parse_part(text: str) -> Part:
-    """Return the part that "3/64" names. Raises `UserError` for another form."""
+    """Parse "3/64". Raises `UserError` for another form."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--part {text}: expected INDEX/COUNT, from 1/64 to 64/64 for 64 parts")
     return Part(int(match[1]), int(match[2]))
 
 
-def merge_parts(folder: Path, count: int) -> dict | None:
+def merge_parts(folder: Path, count: int, tokenizer: Tokenizer) -> dict | None:
     """Write the metadata of the whole dataset if all parts are complete; return it, or None if some are not.
 
-    Raises `UserError` if the parts are of different datasets, or have too little text together.
+    Their vocabulary is that of `tokenizer`. Raises `UserError` if the parts are of different datasets, or have too
+    little text together.
     """
     parts = [folder / Part(i + 1, count).folder_name for i in range(count)]
     if not all((part / "meta.json").is_file() for part in parts):
         return None
     lock = FileLock(folder / ".lock")  # of two parts that end at the same time, the second finds all complete
     try:
-        lock.acquire(timeout=MERGE_SECONDS)
+        lock.acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
         raise UserError(f"{folder} is locked by another process: run the same command again") from None
     with lock:
-        metas = [check_manifest(part / "meta.json", read_json(part / "meta.json"), SHAPES["text"]) for part in parts]
+        metas = [check_manifest(part / "meta.json", read_json(part / "meta.json"), PART) for part in parts]
         first = metas[0]
         for part, meta in zip(parts, metas, strict=True):
-            for key in ("version", "tokenizer", "text_field", "shard_tokens", "val_fraction"):
+            for key in ("kind", "version", "tokenizer", "text_field", "shard_tokens", "val_fraction"):
                 if meta[key] != first[key]:
                     fix = "prepare all parts with the same flags"
                     raise UserError(f"{part} has {key} {meta[key]}, {parts[0]} has {first[key]}: {fix}")
@@ -71,6 +73,7 @@ def merge_parts(folder: Path, count: int) -> dict | None:
                     f"the {split} split of all parts has {merged[split]['tokens']} tokens, expected at least"
                     f" {MIN_SPLIT_TOKENS}: give more text or another --val_fraction"
                 )
+        tokenizer.save(folder)
         write_manifest(folder / "meta.json", merged)
     return merged
 
@@ -86,10 +89,6 @@ def merge_files(metas: list[dict]) -> dict:
 def merge_split(split: str, parts: list[Path], metas: list[dict]) -> dict:
     """Return a split's entry: the sums of the parts, and their files by their paths."""
 
-    def files() -> Iterator[dict]:
-        for part, meta in zip(parts, metas, strict=True):
-            for entry in meta[split]["files"]:
-                yield entry | {"file": f"{part.name}/{entry['file']}"}
-
+    pairs = [(part, entry) for part, meta in zip(parts, metas, strict=True) for entry in meta[split]["files"]]
     counts = {name: sum(meta[split][name] for meta in metas) for name in ("documents", "tokens")}
-    return counts | {"files": list(files())}
+    return counts | {"files": [entry | {"file": f"{part.name}/{entry['file']}"} for part, entry in pairs]}

@@ -1,5 +1,6 @@
 """A run folder: its lock, its identity, resuming, signals and saving."""
 
+import contextlib
 import json
 import math
 import os
@@ -24,7 +25,15 @@ from model import GPT, GPTConfig
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
 STOPPED_FILE = "stopped"  # in a run folder: the same, for job scripts, as torchrun does not pass on the exit code
 STEPS_FLAGS = ("steps", "epochs", "decay_fraction")  # may change until the decay starts
-RUN_FILES = ("log.jsonl", "log.jsonl.tmp", ".lock", STOPPED_FILE, "tensorboard", "wandb")  # besides the checkpoints
+RUN_FILES = (
+    "log.jsonl",
+    "log.jsonl.tmp",
+    ".lock",
+    ".shared",
+    STOPPED_FILE,
+    "tensorboard",
+    "wandb",
+)  # besides the checkpoints
 
 
 class Run:
@@ -95,17 +104,23 @@ class Run:
         """Raise `UserError` if the machines do not share the run folder."""
         if self.procs.world_size == 1:
             return
-        marker = self.folder / ".lock"
-        text = self.procs.call_on_main(lambda: os.urandom(16).hex())
+        marker = self.folder / ".shared"
+
+        def write() -> str:
+            text = os.urandom(16).hex()
+            write_file(marker, text)
+            return text
+
+        text, found = self.procs.call_on_main(write), ""
+        with contextlib.suppress(OSError):
+            found = marker.read_text()
+        others = [str(rank) for rank, same in enumerate(self.procs.all_gather(found == text)) if not same]
         if self.procs.is_main:
-            marker.write_text(text)
-        self.procs.barrier()
-        shared = self.procs.all_gather(marker.exists() and marker.read_text() == text)
-        if not all(shared):
-            ranks = ", ".join(str(rank) for rank, found in enumerate(shared) if not found)
+            marker.unlink()
+        if others:
             raise UserError(
-                f"processes {ranks} see another {self.folder.absolute()} than process 0: --out must be a folder that"
-                " all machines share"
+                f"--out {self.folder.absolute()} is not the same folder on process {', '.join(others)} as on process"
+                " 0: give a folder that all machines share"
             )
 
     def _check_identity(self, meta: dict) -> None:
@@ -171,7 +186,7 @@ class Run:
         return step or 0
 
     def _resume_scaler(self, scaler: torch.amp.GradScaler, saved: dict | None) -> None:
-        """Continue with the saved loss scale. The precision may have changed: then there is none, or it is not used."""
+        """Load the saved loss scale; ignore it if the precision has changed."""
         if saved is not None and scaler.is_enabled():
             if not 0 < saved["scale"] < 2**127:
                 raise UserError(f"{self.newest_checkpoint}/meta.json is corrupt: the loss scale is {saved['scale']}")

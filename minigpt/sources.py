@@ -94,7 +94,7 @@ class FileSource:
         self.files, self.text_field, self.max_record_mb, self.position = files, text_field, max_record_mb, 0
 
     def take_part(self, index: int, count: int) -> None:
-        """Keep every `count`-th file, from number `index` on. Raises `UserError` if there are fewer files."""
+        """Keep every `count`-th file, from file `index` on, which is at least 1. Raises `UserError` for fewer files."""
         check_part_count(count, len(self.files))
         self.files = self.files[index - 1 :: count]
 
@@ -147,11 +147,13 @@ class HubSource:
                 " --files"
             ) from None
         index, count = self.part
-        check_part_count(count, stream.num_shards)
-        self.stream = stream.shard(count, index - 1, contiguous=False) if count > 1 else stream
+        if count > 1:
+            check_part_count(count, stream.num_shards)
+            stream = stream.shard(count, index - 1, contiguous=False)
+        self.stream = stream
 
     def take_part(self, index: int, count: int) -> None:
-        """Keep every `count`-th file, from number `index` on. Raises `UserError` if there are fewer files."""
+        """Keep every `count`-th file, from file `index` on, which is at least 1. Raises `UserError` for fewer files."""
         self.part = (index, count)
         self.open()
 

@@ -68,7 +68,7 @@ class TrainConfig:
     device: str | None = resumable(None)
     """cuda, mps or cpu; default: the best available."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = resumable(None)
-    """Precision of the matrix products; default: bfloat16 on a GPU, float16 if it is a T4 or V100, else float32."""
+    """Precision of the matrix products; default on GPUs: bfloat16, or float16 on V100 and T4; elsewhere float32."""
     compile: bool = resumable(default_factory=can_compile)
     """Compile the model, by default on a GPU; the first step then takes about a minute."""
     activation_checkpointing: bool = resumable(False)
@@ -119,8 +119,8 @@ def train_step(
 
     The loss is the sum over all targets of all micro-batches on all processes, divided by their number. So no target
     weighs more because its micro-batch has fewer. If the loss or a gradient is not finite, weights and optimiser state
-    stay unchanged. `seed_and_step` decides the dropout. `on_micro_batch(done, total)` is called after each micro-batch.
-    `scaler` is that of `build_scaler`; None is for other precisions than float16.
+    stay unchanged; in float16, only the gradients decide. `seed_and_step` decides the dropout. `scaler` is that of
+    `build_scaler`; None is for precisions other than float16. `on_micro_batch(done, total)` is called after each.
 
     Returns:
         loss: mean cross-entropy per target of the global batch in nats; on the device, like grad_norm.
@@ -238,7 +238,8 @@ def find_max_micro_batch_size(
     With `compile`, only the sizes around the largest that fits uncompiled are compiled, which takes a while for each.
     Weights and gradients stay unchanged. Raises `UserError` if no size fits.
     """
-    # The first step of AdamW allocates two values per weight, and DDP a copy of the gradients to communicate.
+    # The first step of AdamW allocates two values per weight, Muon one. DDP copies the gradients to communicate them
+    # unless there is one micro-batch.
     n_copies = 2 * (not optimizer.state) + (procs.world_size > 1)
     reserved = torch.empty(n_copies, model.config.num_parameters, device=procs.device)
     fits = functools.partial(fits_in_memory, data=data, procs=procs)

@@ -137,7 +137,8 @@ def prepare_in_process(tmp_path, monkeypatch) -> Callable[..., None]:
 
 # ---- a tiny pipeline, made once: data, a pretrained model, a chat model --------------------------------------------
 
-TRAIN = ("--model", "tiny", "--steps", 12, "--batch_tokens", 1024, "--micro_batch_size", 8, "--lr", 3e-3)
+TRAIN = ("--model", "tiny", "--steps", 12, "--batch_tokens", 1024, "--micro_batch_size", 8, "--decay_fraction", 0.5)
+TRAIN += ("--lr", 3e-3)
 TUNE = ("--steps", 12, "--batch_tokens", 1024, "--micro_batch_size", 8, "--lr", 3e-3)
 
 

@@ -196,7 +196,7 @@ def test_machines_must_share_the_run_folder(text_data, tmp_path):
         folder.mkdir()
     command = ("--data", text_data, "--out", "./run", *TRAIN)
     for error in start_two([command] * 2, folders):
-        assert "processes 1 see another" in error and "--out must be a folder that all machines share" in error
+        assert "is not the same folder on process 1 as on process 0: give a folder that all machines share" in error
 
 
 # ---- stopped --------------------------------------------------------------------------------------------------------
@@ -230,12 +230,13 @@ def test_a_signal_to_torchrun_stops_all_processes(text_data, tmp_path):
 
 def test_a_signal_to_one_process_stops_all(text_data, tmp_path):
     args = ("pretrain.py", "--data", text_data, "--out", "./run", *LONG, "--micro_batch_size", 4)
-    process = spawn(*args, cwd=tmp_path, processes=2)
-    wait_for_step(tmp_path / "run", 5, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGUSR1)
-    output = "".join(process.communicate(timeout=60))
-    assert "stopped by" in output and runs.find_newest(tmp_path / "run") is not None
+    command = [ROOT / args[0], *args[1:]]
+    processes = [ForkedProcess(command, tmp_path, os.environ | rank) for rank in distributed_env(2)]
+    wait_for_step(tmp_path / "run", 5, processes[0])
+    processes[1].send_signal(signal.SIGUSR1)
+    output = "".join(processes[0].communicate(timeout=60))
+    assert processes[0].returncode == processes[1].wait(60) == EXIT_STOPPED
+    assert "stopped by a signal to another process" in output and runs.find_newest(tmp_path / "run") is not None
 
 
 def test_processes_end_when_torchrun_is_killed(text_data, tmp_path):

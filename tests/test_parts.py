@@ -38,7 +38,7 @@ def test_the_order_of_the_parts_does_not_matter(prepare_part, tmp_path, capsys):
     for part in (1, 2, 3):
         assert not (tmp_path / "out" / "meta.json").exists()
         prepare_part(f"{part}/3")
-    assert "part 2 of 3 is complete; the last part to end completes out" in capsys.readouterr().out
+    assert "part 2 of 3 is complete; the last one to finish completes out" in capsys.readouterr().out
     for part in (3, 1, 2):
         prepare_part(f"{part}/3", "other")
     files = [[path for path in sorted((tmp_path / out).rglob("*")) if path.is_file()] for out in ("out", "other")]

@@ -35,7 +35,7 @@ def test_learns_and_logs(pretrained):
 
 def test_checkpoints_are_validated_and_described(pretrained):
     folders = runs.list_checkpoints(pretrained)
-    assert [folder.name for folder in folders] == ["step_000008", "step_000012"]  # the first is that before the decay
+    assert [folder.name for folder in folders] == ["step_000006", "step_000012"]
     rows = [row for row in read_log(pretrained) if "val_loss" in row]
     validations = {row.pop("step"): row for row in rows if row.pop("tokens") >= 0}
     assert all(row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2), rel=0.01) for row in rows)
@@ -53,18 +53,16 @@ def test_prints_the_arithmetic_first(run_script, text_data, tmp_path):
     assert "tiny: 35,744 parameters" in done.stdout
     assert "left" in done.stdout and "MFU" not in done.stdout and not done.stderr
     kept = {folder.name for folder in runs.list_checkpoints(tmp_path / "runs" / "mine")}
-    assert {"step_000008", "step_000012"} <= kept and len(kept) <= 3  # also the best, if that is another
-    assert "lr         peak 0.003 after 0 steps, wsd decay from step 8\n" in done.stdout
+    assert {"step_000006", "step_000012"} <= kept and len(kept) <= 3  # also the best, if that is another
+    assert "lr         peak 0.003 after 0 steps, wsd decay from step 6\n" in done.stdout
     assert "step 0: validation loss 5.5" in done.stdout  # ln 257 = 5.549: the loss of uniform predictions
     assert f"next: python {ROOT}/generate.py --checkpoint runs/mine --prompt 'Once upon a time'\n" in done.stdout
 
 
-ADAMW = ("--optimizer", "adamw", "--schedule", "cosine")
+ADAMW = ("--optimizer", "adamw", "--schedule", "cosine", "--decay_fraction", 0.3)
 
 
-@pytest.mark.parametrize(
-    "flags", [("--decay_fraction", 0.5), ("--dropout", 0.2, *ADAMW), ("--dtype", "float16", *ADAMW)]
-)
+@pytest.mark.parametrize("flags", [(), ("--dropout", 0.2, *ADAMW), ("--dtype", "float16")])
 def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, flags):
     """A run that crashed after step 8 resumes to the same bits, and no step is logged twice."""
     args = ("pretrain.py", "--data", text_data, *TRAIN, "--save_every", 6, "--val_every", 4, *flags)
@@ -75,7 +73,7 @@ def test_resumed_equals_uninterrupted(run_script, text_data, tmp_path, flags):
     rows = (broken / "log.jsonl").read_text().splitlines(keepends=True)
     (broken / "log.jsonl").write_text("".join(rows[:11]) + rows[11][:20])  # the last line is cut in the middle
     done = run_script(*args, "--out", "./broken")
-    assert re.search(r"12 steps, [68] completed", done.stdout)
+    assert "6 completed" in done.stdout
     for file in ("model.safetensors", "train_state.safetensors"):
         assert (whole / "step_000012" / file).read_bytes() == (broken / "step_000012" / file).read_bytes()
     timeless = [[{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in read_log(run)]
@@ -88,7 +86,7 @@ def test_a_changed_number_of_steps_gives_the_run_that_was_planned_so(
     run_script, text_data, tmp_path, steps, decay_start
 ):
     """A run of 12 steps, whose decay starts at step 6, becomes longer or shorter."""
-    args = ("pretrain.py", "--data", text_data, *TRAIN[:2], *TRAIN[4:], "--decay_fraction", 0.5)
+    args = ("pretrain.py", "--data", text_data, *TRAIN[:2], *TRAIN[4:])
     args = (*args, "--warmup_steps", 2, "--val_every", 4, "--save_every", 4, "--keep", 9)
     run_script(*args, "--steps", 12, "--out", "./first")
     run_script(*args, "--steps", steps, "--out", "./planned")
