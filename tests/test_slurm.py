@@ -34,12 +34,13 @@ SlurmdLogFile={folder}/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=1,sched_interval=1
 MinJobAge=3600
 KillWait=60
-NodeName={host} CPUs=8 RealMemory=1000 State=UNKNOWN
+NodeName={host} CPUs={cpus} State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -54,7 +55,9 @@ def slurm(tmp_path_factory) -> Iterator[Callable[..., str]]:
     for name in ("state", "spool"):
         (folder / name).mkdir()
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(host=socket.gethostname(), folder=folder, ports=[free_port(), free_port()]))
+    config.write_text(
+        CONFIG.format(host=socket.gethostname(), folder=folder, ports=[free_port(), free_port()], cpus=os.cpu_count())
+    )
     env = os.environ | {"SLURM_CONF": str(config), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env["OMP_NUM_THREADS"] = "1"
     Path("/run/munge").mkdir(exist_ok=True)
