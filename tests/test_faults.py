@@ -392,6 +392,13 @@ def test_a_full_disk_costs_no_checkpoint(text_data, small_disk, tmp_path):
     start(*args, cwd=tmp_path)
 
 
+def test_a_dry_run_of_two_processes_reports_too_little_disk(text_data, small_disk, tmp_path):
+    """The main process alone looks at the disk, and none waits for it."""
+    args = ("pretrain.py", "--data", text_data, "--out", small_disk / "run", *TRAIN, "--keep", 20, "--dry_run")
+    done = start(*args, "--micro_batch_size", 4, cwd=tmp_path, processes=2, expect=2)
+    assert "its checkpoints do not fit on the disk" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_full_disk_while_preparing(small_disk, tmp_path):
     (tmp_path / "a.txt").write_text("Some words.\n\n" * 200_000)
     args = ("prepare_fineweb.py", "--files", "a.txt", "--tokenizer", "bytes", "--out", small_disk / "data")
