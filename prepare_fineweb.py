@@ -80,24 +80,29 @@ GPT2_TOKENS = 1_000_000_000  # from here on pretrain.py's defaults suit a GPU
 def main(config: Config) -> None:
     check_config(config)
     source = open_text_source(config)
-    whole, part = config, parse_part(config.part) if config.part else None
-    if part is not None:
+    if config.part:
+        part = parse_part(config.part)
+        check_other_parts(config.out, part)
         source.take_part(part.index, part.count)
-        config = replace(config, out=config.out / part.folder_name)
-        check_other_parts(whole.out, part)
+        write_dataset(replace(config, out=config.out / part.folder_name), source)
+        finish_part(config, part)
+    else:
+        started = time.perf_counter()
+        is_new = write_dataset(config, source)
+        meta = shards.read_meta(config.out, "text")
+        shards.open_arrays(config.out, meta)  # checks their lengths
+        print_summary(config, meta, f", {time.perf_counter() - started:.0f} s" if is_new else "")
+
+
+def write_dataset(config: Config, source: FileSource | HubSource) -> bool:
+    """Write a dataset folder, unless it is complete; return whether it was not."""
     tokenizer = load_tokenizer(config.tokenizer)
     meta = dataset_meta(config, source, tokenizer)
     progress = shards.begin_dataset(config.out, meta)
     if progress is None:
         print(f"{config.out} is already complete")
-        if part is not None:
-            return finish_part(whole, part)
-        meta = shards.read_meta(config.out, "text")
-        shards.open_arrays(config.out, meta)  # checks their lengths
-        print_summary(config, meta)
-        return
+        return False
     tokenizer.save(config.out)
-    started = time.perf_counter()
     try:
         meta |= write_splits(config, source, tokenizer, meta, progress)
     except NetworkError:
@@ -106,10 +111,7 @@ def main(config: Config) -> None:
         shards.discard_dataset(config.out)
         raise
     shards.finish_dataset(config.out, meta)
-    if part is not None:
-        finish_part(whole, part)
-    else:
-        print_summary(config, meta, f", {time.perf_counter() - started:.0f} s")
+    return True
 
 
 def check_config(config: Config) -> None:

@@ -1,6 +1,6 @@
 """A text dataset that several jobs or machines prepare in parts.
 
-data/large/part_003_of_064/    every 64th input file, from the third on: a dataset folder of its own
+data/large/part_003_of_064/    every 64th input file, from the third on: itself a dataset folder
 data/large/meta.json           written when all parts are complete: it lists the files of all parts
 """
 

@@ -25,15 +25,8 @@ from model import GPT, GPTConfig
 EXIT_STOPPED = 75  # exit code: stopped on request and saved, run again to resume (EX_TEMPFAIL of sysexits.h)
 STOPPED_FILE = "stopped"  # in a run folder: the same, for job scripts, as torchrun does not pass on the exit code
 STEPS_FLAGS = ("steps", "epochs", "decay_fraction")  # may change until the decay starts
-RUN_FILES = (
-    "log.jsonl",
-    "log.jsonl.tmp",
-    ".lock",
-    ".shared",
-    STOPPED_FILE,
-    "tensorboard",
-    "wandb",
-)  # besides the checkpoints
+# The files and folders in a run folder besides the checkpoints.
+RUN_FILES = ("log.jsonl", "log.jsonl.tmp", ".lock", ".shared", STOPPED_FILE, "tensorboard", "wandb")
 
 
 class Run:

@@ -70,7 +70,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = resumable(None)
     """Precision of the matrix products; default on GPUs: bfloat16, or float16 on V100 and T4; elsewhere float32."""
     compile: bool = resumable(default_factory=can_compile)
-    """Compile the model, by default on a GPU; the first step then takes about a minute."""
+    """Compile the model, by default on a GPU; the first step then takes longer."""
     activation_checkpointing: bool = resumable(False)
     """Keep only the input of each block for the backward pass: much less memory, a third more computation."""
     deterministic: bool = resumable(False)

@@ -57,7 +57,7 @@ def start(
     env: dict | None = None,
     input: str = "",
 ) -> subprocess.CompletedProcess:
-    """Run a script as a process of its own, or as several, and check its exit code.
+    """Run a script in a separate process, or in several, and check its exit code.
 
     Several processes have the environment of torchrun, or are started by it with `torchrun`, which takes longer; their
     outputs are joined. `env` adds variables and `input` is its stdin. `fresh` starts a new interpreter instead of

@@ -88,6 +88,22 @@ def test_ending_losses_equal_a_plain_loop(random_checkpoint, examples_file, run_
     assert result["hellaswag_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 49))
 
 
+def test_lengths_are_padded_on_gpus(examples_file, random_checkpoint):
+    """With cuDNN attention, each new length costs a plan; padding changes no loss. The device only claims to be one."""
+
+    class CpuNamedCuda(str):
+        type = "cuda"
+
+    source, tokenizer = random_checkpoint
+    model, examples = load_pretrained(str(source)).model, load_examples([str(examples_file)], tokenizer)
+    expected = ending_losses(model, examples, tokenizer, SINGLE)
+    with mock.patch.object(model, "hidden", wraps=model.hidden) as hidden:
+        losses = ending_losses(model, examples, tokenizer, replace(SINGLE, device=CpuNamedCuda("cpu")))
+    lengths = {call.args[0].size(1) for call in hidden.call_args_list}
+    assert all(length % 64 == 0 or length == model.config.block_size for length in lengths)
+    torch.testing.assert_close(losses, expected)
+
+
 @pytest.mark.parametrize(
     "record",
     [
