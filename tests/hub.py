@@ -12,7 +12,7 @@ REVISION = "f" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serve the files of one folder as `data/FILE` of any dataset name.
+    """Serve the files of one folder as `data/FILE` of any dataset name, and its README.md, which may name the files.
 
     Every `error_every`-th request for a file gets a 503, and every `drop_every`-th body is cut in half (0: never).
     """
@@ -26,6 +26,8 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if found := re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/[^/]+/data/([^/]+)", path):
             self.send_file(self.folder / found[1])
+        elif re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/[^/]+/README\.md", path) and self.readme().is_file():
+            self.send_file(self.readme())
         elif re.fullmatch(r"/api/datasets/[^/]+/[^/]+(/revision/[^/]+)?", path):
             siblings = [{"rfilename": file["path"]} for file in self.listing()]
             self.send_json({"_id": "0" * 24, "id": "some/texts", "sha": REVISION, "siblings": siblings})
@@ -37,6 +39,9 @@ class Hub(BaseHTTPRequestHandler):
             self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_POST = do_GET
+
+    def readme(self) -> Path:
+        return self.folder / "README.md"
 
     def listing(self) -> list[dict]:
         files = sorted(self.folder.iterdir())
