@@ -23,7 +23,7 @@ import torch
 from minigpt import cli, training
 from minigpt.cli import UserError, resumable
 from minigpt.dataset import ChatDataset, train_batches, val_batches
-from minigpt.distributed import init_processes, parallelize
+from minigpt.distributed import init_processes, parallelize, shard
 from minigpt.metrics import MetricsLogger
 from minigpt.optim import build_optimizer
 from minigpt.prefetch import prefetch
@@ -68,6 +68,8 @@ def main(config: Config) -> None:
 
     model = add_chat_tokens(initial.model, data.tokenizer.chat_vocab_size, config.dropout).to(procs.device)
     model.activation_checkpointing = config.activation_checkpointing
+    if config.shard:
+        shard(model, procs)
     optimizer = build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.embedding_lr)
     scaler = training.build_scaler(procs)
     step = run.resume(model, optimizer, scaler)

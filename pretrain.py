@@ -29,7 +29,7 @@ from minigpt import cli, training
 from minigpt.checkpoint import checkpoint_bytes
 from minigpt.cli import UserError, resumable
 from minigpt.dataset import TokenDataset, train_batches, val_batches
-from minigpt.distributed import Processes, init_processes, parallelize
+from minigpt.distributed import Processes, gathered_embeddings, init_processes, parallelize, shard
 from minigpt.hellaswag import evaluate_hellaswag, load_examples
 from minigpt.inference import make_generator, stream_text
 from minigpt.metrics import MetricsLogger, peak_flops
@@ -128,9 +128,11 @@ def main(config: Config) -> None:
         if save or step % config.val_every == 0:
             val_metrics = logger.log_validation(step, validation_loss())
         if config.hellaswag_every and step % config.hellaswag_every == 0:
-            logger.log_hellaswag(step, evaluate_hellaswag(model, examples, data.tokenizer, procs))
-        if config.sample_every and step % config.sample_every == 0 and procs.is_main:
-            logger.log_samples(step, sample_texts(model, data.tokenizer, config.sample_prompts, config.seed))
+            with gathered_embeddings(model):
+                logger.log_hellaswag(step, evaluate_hellaswag(model, examples, data.tokenizer, procs))
+        if config.sample_every and step % config.sample_every == 0:
+            with gathered_embeddings(model):
+                logger.log_samples(step, sample_texts(model, data.tokenizer, config.sample_prompts, config.seed))
         if save:
             run.save(step, model, optimizer, scaler, val_metrics)
     logger.close()
@@ -176,6 +178,8 @@ def build_model(
     torch.manual_seed(config.seed)
     model = GPT(replace(model_config, vocab_size=data.tokenizer.vocab_size)).to(procs.device)
     model.activation_checkpointing = config.activation_checkpointing
+    if config.shard:
+        shard(model, procs)
     return model, build_optimizer(model, config.lr, config.weight_decay, config.optimizer, config.embedding_lr)
 
 

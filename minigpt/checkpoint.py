@@ -25,17 +25,26 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minigpt.cli import UserError
+from minigpt.distributed import Processes, full_tensor, shard_like
 from minigpt.files import atomic_rename, fsync, sha256, write_manifest
 from minigpt.runs import FORMAT_VERSION, find_best, list_checkpoints, list_steps, verify_file
 from minigpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 
-def save(folder: Path, model: GPT, tokenizer: Tokenizer, train_state: dict[str, Tensor], meta: dict) -> None:
+def save(
+    folder: Path,
+    config: GPTConfig,
+    weights: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    train_state: dict[str, Tensor],
+    meta: dict,
+) -> None:
     """Write a checkpoint atomically.
 
     Args:
-        model: the raw model, neither compiled nor wrapped.
+        config: the model's.
+        weights: the model's `state_dict`.
         tokenizer: its tokenizer; a trained vocabulary becomes a part of the checkpoint.
         train_state: see `optimizer_state_dict`.
         meta: usually "step", "metrics" and "identity"; version, model, tokenizer and checksums are added here.
@@ -47,19 +56,26 @@ def save(folder: Path, model: GPT, tokenizer: Tokenizer, train_state: dict[str, 
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        for name, tensors in {"model": model.state_dict(), "train_state": train_state}.items():
+        for name, tensors in {"model": weights, "train_state": train_state}.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
         tokenizer.save(temporary)
         files = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         for file in files:
             fsync(temporary / file)
-        own = {"version": FORMAT_VERSION, "model": asdict(model.config), "tokenizer": tokenizer.name, "files": files}
+        own = {"version": FORMAT_VERSION, "model": asdict(config), "tokenizer": tokenizer.name, "files": files}
         unset = {"metrics": {}, "identity": {}, "config": {}, "source": {}, "history": []}
         write_manifest(temporary / "meta.json", unset | meta | own)
         atomic_rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder} could not be written: {error}; earlier checkpoints are unchanged") from None
+
+
+def load_weights(folder: Path, meta: dict, model: GPT) -> None:
+    """Load the weights of a verified checkpoint into a model of the same shape, which may be sharded."""
+    own = model.state_dict()
+    weights = load_tensors(folder, "model", meta, verified=True)
+    model.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in weights.items()})
 
 
 def load_model(folder: Path, meta: dict) -> GPT:
@@ -129,6 +145,16 @@ def optimizer_state_dict(model: GPT, optimizer: torch.optim.Optimizer) -> dict[s
     return {f"{key}.{names[p]}": tensor for p, state in optimizer.state.items() for key, tensor in state.items()}
 
 
+def gather(tensors: dict[str, Tensor], procs: Processes) -> dict[str, Tensor]:
+    """Return sharded tensors whole on the main process, {} on the others. All processes must call this."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        whole = full_tensor(tensor)
+        if procs.is_main:
+            gathered[name] = whole if whole is tensor else whole.cpu()  # one at a time in the GPU's memory
+    return gathered
+
+
 def checkpoint_bytes(model: GPT, optimizer: torch.optim.Optimizer) -> int:
     """Return the size of a checkpoint after the first step: weights and optimiser state, without the headers."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *optimizer_state_dict(model, optimizer).values()))
@@ -137,13 +163,15 @@ def checkpoint_bytes(model: GPT, optimizer: torch.optim.Optimizer) -> int:
 def load_optimizer_state_dict(
     folder: Path, meta: dict, model: GPT, optimizer: torch.optim.Optimizer, verified: bool = False
 ) -> None:
-    """Load a checkpoint's optimiser state to the devices of the parameters."""
+    """Load a checkpoint's optimiser state to the devices of the parameters, and shard it like them."""
     parameters = dict(model.named_parameters())
     for key, tensor in load_tensors(folder, "train_state", meta, verified).items():
         key, name = key.split(".", 1)
         if name not in parameters or tensor.shape not in (parameters[name].shape, ()):
             raise UserError(f"{folder} is corrupt: its optimiser state {key}.{name} does not fit the model")
-        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+        parameter = parameters[name]
+        whole = tensor.dim() == 0  # a step count, which every process has
+        optimizer.state[parameter][key] = tensor.to(parameter.device) if whole else shard_like(tensor, parameter)
 
 
 def prune(run: Path, keep: int, protected: Collection[Path] = ()) -> None:

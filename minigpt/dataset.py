@@ -7,6 +7,7 @@ computed, not stored. No loader state is saved: to resume is to ask for step s. 
 import bisect
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +56,14 @@ def val_batches(
 ) -> Iterator[Batch]:
     """Yield one process's share of the first `max_rows` validation rows, in batches of equal shape.
 
-    The last batch is filled with repeated rows whose targets are ignored.
+    The last batch is filled with repeated rows whose targets are ignored. All processes have the same number of
+    batches, as a sharded model requires.
     """
-    rows = np.arange(min(max_rows, data.n_rows["val"]))[rank::world_size]
-    for start in range(0, len(rows), micro_batch_size):
+    n_rows = min(max_rows, data.n_rows["val"])
+    rows = np.arange(rank, n_rows, world_size)
+    for start in range(0, math.ceil(n_rows / world_size), micro_batch_size):
         micro = rows[start : start + micro_batch_size]
-        batch = data.batch("val", np.resize(micro, micro_batch_size))  # np.resize repeats
+        batch = data.batch("val", np.resize(micro, micro_batch_size))  # np.resize repeats; no rows become row 0
         batch.targets[len(micro) :] = IGNORE_INDEX
         yield batch
 

@@ -1,8 +1,8 @@
-"""The processes of a training run: ranks, device, precision, communication, and wrapping the model for DDP."""
+"""The processes of a training run: ranks, device, precision, communication; the model compiled, for DDP, or sharded."""
 
 import contextlib
-import copy
 import ctypes
+import functools
 import gc
 import os
 import resource
@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,8 +66,12 @@ class Processes:
         return values
 
     def map(self, function: Callable[[Any], Any], items: Sequence) -> list:
-        """Apply a function to every item, each process to its share. All processes return all results, in order."""
-        shares = self.all_gather([function(item) for item in items[self.rank :: self.world_size]])
+        """Apply a function to every item, each process to its share. All processes return all results, in order.
+
+        All call the function equally often, as a sharded model requires. So some repeat the last item.
+        """
+        indices = range(self.rank, len(items) + -len(items) % self.world_size, self.world_size)
+        shares = self.all_gather([function(items[min(i, len(items) - 1)]) for i in indices])
         return [shares[i % self.world_size][i // self.world_size] for i in range(len(items))]
 
     def all_equal(self, value: Any) -> bool:
@@ -280,26 +284,84 @@ def tune_malloc() -> None:
 
 
 def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
-    """Compile the model and wrap it for DDP, as needed. The result shares the weights of `model`."""
-    wrapped: nn.Module = compile_blocks(model) if compile else model
-    if procs.world_size > 1:
+    """Compile the model and wrap it for DDP, as needed. A sharded model is not wrapped."""
+    if compile:
+        compile_blocks(model)
+    wrapped: nn.Module = model
+    if procs.world_size > 1 and not is_sharded(model.wte.weight):
         device_ids = [procs.device.index] if procs.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids, gradient_as_bucket_view=True)
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
     gc.collect()
     gc.freeze()  # all objects so far live to the end: exclude them from later garbage collections
     return wrapped
 
 
-def compile_blocks(model: GPT) -> GPT:
-    """Return a model with the same weights whose blocks and loss are compiled.
+def compile_blocks(model: GPT) -> None:
+    """Compile the blocks and the loss of a model in place, for training and validation.
 
     All blocks share one compilation, so the first step takes less than half the time of a model that is compiled whole.
+    Only `forward` is compiled: the hooks of a sharded block run around it.
     """
+    if is_compiled(model):  # by the search of the micro-batch size
+        return
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 products are exact by choice
-    compiled = copy.copy(model)
     options = {"fullgraph": True, "dynamic": False}
     torch._dynamo.config.recompile_limit = 32  # shapes, also those of the micro-batch search; the default is 8
-    blocks = nn.ModuleList(torch.compile(block, **options) for block in model.h)
-    compiled._modules = model._modules | {"h": blocks}  # a module's copy shares this dict
-    compiled.loss = torch.compile(model.loss, **options)
-    return compiled
+    for block in model.h:
+        compiled = torch.compile(block.forward, **options)
+        block.forward = functools.partial(forward_block, block.forward, compiled, model.config.block_size)
+    model.loss = torch.compile(model.loss, **options)
+
+
+def forward_block(eager: Callable, compiled: Callable, block_size: int, x: Tensor, *args: Any) -> Tensor:
+    """Call the compiled function for rows of the whole context. Generation and HellaSwag have too many shapes."""
+    return (compiled if x.size(1) == block_size else eager)(x, *args)
+
+
+def is_compiled(model: GPT) -> bool:
+    return "loss" in vars(model)
+
+
+def shard(model: GPT, procs: Processes) -> None:
+    """Shard weights, gradients and optimiser state by rows over the processes, in place (ZeRO stage 3, by FSDP2).
+
+    The parameters become `DTensor`s. Blocks gather their weights when they are called. A single process keeps them all.
+    """
+    if procs.world_size == 1:
+        return
+    from torch.distributed.fsdp import fully_shard  # takes a second to import
+
+    mesh = dist.device_mesh.init_device_mesh(procs.device.type, (procs.world_size,))
+    for module in (*model.h, model):
+        fully_shard(module, mesh=mesh)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a `DTensor`, whose import takes a second."""
+    return hasattr(tensor, "to_local")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor with the rows of all processes, which must all call this; a whole tensor is returned as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a whole tensor on the device of another one, and sharded like it."""
+    tensor = tensor.to(other.device)
+    if not is_sharded(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def gathered_embeddings(model: GPT) -> Iterator[None]:
+    """Let methods of a sharded model other than `forward`, such as `hidden`, be called inside a `with` block."""
+    sharded = is_sharded(model.wte.weight)
+    if sharded:
+        model.unshard()
+    yield
+    if sharded:
+        model.reshard()

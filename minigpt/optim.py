@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.cli import UserError
+from minigpt.distributed import is_sharded
 from model import GPT
 
 MOMENTUM = 0.95
@@ -84,16 +85,25 @@ class Muon(torch.optim.AdamW):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            gradient, p.grad = torch.where(applied > 0, p.grad, 0), None
-            state["momentum"].lerp_(gradient, (1 - MOMENTUM) * applied)
-            directions.append(gradient.lerp(state["momentum"], MOMENTUM))
+            gradient, momentum = torch.where(applied > 0, own_rows(p.grad), 0), own_rows(state["momentum"])
+            p.grad = None
+            momentum.lerp_(gradient, (1 - MOMENTUM) * applied)
+            directions.append(gradient.lerp(momentum, MOMENTUM))
         rows, columns = matrices[0].shape
-        stacked = torch.stack(directions).view(-1, rows // n_splits, columns)
-        updates = orthogonalize_distributed(stacked).view(-1, rows, columns)
-        scale = UPDATE_RMS * math.sqrt(max(stacked.shape[1:]))
+        if is_sharded(matrices[0]):
+            updates = orthogonalize_sharded(torch.stack(directions), rows, n_splits)
+        else:
+            stacked = torch.stack(directions).view(-1, rows // n_splits, columns)
+            updates = orthogonalize_distributed(stacked).view(-1, rows, columns)
+        scale = UPDATE_RMS * math.sqrt(max(rows // n_splits, columns))
         for p, update in zip(matrices, updates, strict=True):
-            p.mul_(1 - lr * weight_decay * applied)
-            p.add_(update * (applied * -lr * scale))
+            own_rows(p).mul_(1 - lr * weight_decay * applied)
+            own_rows(p).add_(update * (applied * -lr * scale))
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """Return the rows of a tensor that this process holds: all, or with sharding a part of them."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def orthogonalize_distributed(matrices: Tensor) -> Tensor:
@@ -111,6 +121,34 @@ def orthogonalize_distributed(matrices: Tensor) -> Tensor:
     gathered = own.new_empty(world_size * share, *own.shape[1:])
     dist.all_gather_into_tensor(gathered, own)
     return gathered[: len(matrices)].to(matrices.dtype)
+
+
+def orthogonalize_sharded(parts: Tensor, rows: int, n_splits: int) -> Tensor:
+    """Return this process's rows of the orthogonalised matrices, each of which is sharded by rows.
+
+    Each process receives all rows of its share of the matrices, orthogonalises them and sends the rows back.
+
+    Args:
+        parts: (n, own rows, columns), this process's rows of all matrices.
+        rows: the rows of a whole matrix, which is `n_splits` matrices, stacked.
+    """
+    world_size, (n, _, columns) = dist.get_world_size(), parts.shape
+    share, part = math.ceil(n / world_size), math.ceil(rows / world_size)  # the most that a process holds
+    padded = F.pad(parts, (0, 0, 0, part - parts.size(1), 0, share * world_size - n))
+    received = all_to_all(padded.view(world_size, share, part, columns)).transpose(0, 1)
+    whole = received.reshape(share, -1, columns)[:, :rows]
+    whole = orthogonalize(whole.reshape(share * n_splits, -1, columns)).reshape(share, rows, columns)
+    whole = F.pad(whole, (0, 0, 0, world_size * part - rows)).view(share, world_size, part, columns)
+    returned = all_to_all(whole.transpose(0, 1)).view(-1, part, columns)
+    return returned[:n, : parts.size(1)].to(parts.dtype)
+
+
+def all_to_all(tensor: Tensor) -> Tensor:
+    """Send row i of a tensor to process i; return the rows received, in the order of the processes."""
+    tensor = tensor.contiguous()
+    received = torch.empty_like(tensor)
+    dist.all_to_all_single(received, tensor)
+    return received
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class Run:
             meta = runs.read_meta(self.newest_checkpoint)
             saved = asdict(GPTConfig()) | meta["model"]  # a field that is newer than the checkpoint has its default
             self._check_same(saved, asdict(model.config))
-            model.load_state_dict(checkpoint.load_tensors(self.newest_checkpoint, "model", meta, verified=True))
+            checkpoint.load_weights(self.newest_checkpoint, meta, model)
             checkpoint.load_optimizer_state_dict(self.newest_checkpoint, meta, model, optimizer, verified=True)
             self._resume_scaler(scaler, meta.get("grad_scaler"))
             step = meta["step"]
@@ -195,6 +195,8 @@ class Run:
         self, step: int, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, metrics: dict
     ) -> None:
         """Write the checkpoint of a step, then prune old ones."""
+        weights = checkpoint.gather(model.state_dict(), self.procs)
+        train_state = checkpoint.gather(checkpoint.optimizer_state_dict(model, optimizer), self.procs)
         if self.procs.is_main:
             meta = {
                 "step": step,
@@ -207,8 +209,7 @@ class Run:
                 "history": self.history,
             }
             folder = self.folder / f"step_{step:06d}"
-            train_state = checkpoint.optimizer_state_dict(model, optimizer)
-            checkpoint.save(folder, model, self.tokenizer, train_state, meta)
+            checkpoint.save(folder, model.config, weights, self.tokenizer, train_state, meta)
             self._prune()
         self.procs.barrier()
 

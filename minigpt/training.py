@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 
 from minigpt.cli import UserError, check_range, plural, resumable
 from minigpt.dataset import Batch, Dataset
-from minigpt.distributed import Processes, can_compile, compile_blocks
+from minigpt.distributed import Processes, can_compile, compile_blocks, full_tensor, is_sharded
 from minigpt.metrics import check_report_to
 from minigpt.optim import Schedule
 from model import GPT, IGNORE_INDEX, eval_mode
+
+MEMORY_LIMIT = 0.92  # fraction of a GPU's memory that the micro-batch search uses
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class TrainConfig:
     """Compile the model, by default on a GPU; the first step then takes longer."""
     activation_checkpointing: bool = resumable(False)
     """Keep only the input of each block for the backward pass: much less memory, a third more computation."""
+    shard: bool = resumable(False)
+    """Shard weights, gradients and optimiser state over the processes: less memory, more communication."""
     deterministic: bool = resumable(False)
     """Use deterministic GPU kernels only: slower, but a resumed run equals an uninterrupted one bit for bit."""
 
@@ -135,17 +139,18 @@ def train_step(
     loss_sum = torch.zeros((), device=procs.device)
     for i, batch in enumerate(batches):
         seed_dropout(*seed_and_step, i * procs.world_size + procs.rank)
-        skip_sync = procs.world_size > 1 and i < len(batches) - 1  # all-reduce gradients with the last micro-batch only
+        # DDP sums the gradients of all processes with the last micro-batch only; a sharded model with each.
+        skip_sync = hasattr(model, "no_sync") and i < len(batches) - 1
         with model.no_sync() if skip_sync else contextlib.nullcontext():
             with procs.autocast():
                 loss = model(batch.tokens, batch.targets, batch.positions)
-            scaler.scale(loss * (procs.world_size / n_targets)).backward()  # DDP averages gradients: undo its division
+            scaler.scale(loss * (procs.world_size / n_targets)).backward()  # DDP and FSDP average gradients: undo it
         loss_sum += loss.detach()
         if on_micro_batch is not None:
             on_micro_batch(i + 1, len(batches))
     loss = procs.all_reduce(loss_sum) / n_targets
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     # found_inf=1 makes fused AdamW skip the update without a host sync. An enabled scaler sets it to its own result.
     optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()
     scaler.step(optimizer)
@@ -240,15 +245,21 @@ def find_max_micro_batch_size(
     """
     # The first step of AdamW allocates two values per weight, Muon one. DDP copies the gradients to communicate them
     # unless there is one micro-batch.
-    n_copies = 2 * (not optimizer.state) + (procs.world_size > 1)
-    reserved = torch.empty(n_copies, model.config.num_parameters, device=procs.device)
-    fits = functools.partial(fits_in_memory, data=data, procs=procs)
-    n_fitting = sum(1 for _ in itertools.takewhile(lambda size: fits(model, size), sizes))
-    if compile and n_fitting:
-        compiled = compile_blocks(model)
-        n_fitting += sum(1 for _ in itertools.takewhile(lambda size: fits(compiled, size), sizes[n_fitting:]))
-        while n_fitting and not fits(compiled, sizes[n_fitting - 1]):
-            n_fitting -= 1
+    sharded = is_sharded(model.wte.weight)
+    n_copies = 2 * (not optimizer.state) + (procs.world_size > 1 and not sharded)
+    n_weights = model.config.num_parameters // (procs.world_size if sharded else 1)
+    reserved = torch.empty(n_copies, n_weights, device=procs.device)
+    fits = functools.partial(fits_in_memory, model, data=data, procs=procs)
+    if sharded:  # a process that runs out of memory alone would leave the others waiting for it
+        one, two = (max(procs.all_gather(measure_memory(model, size, data, procs))) for size in (1, 2))
+        n_fitting = sum(1 for size in sizes if one + (size - 1) * (two - one) < MEMORY_LIMIT)
+    else:
+        n_fitting = sum(1 for _ in itertools.takewhile(fits, sizes))
+        if compile and n_fitting:
+            compile_blocks(model)
+            n_fitting += sum(1 for _ in itertools.takewhile(fits, sizes[n_fitting:]))
+            while n_fitting and not fits(sizes[n_fitting - 1]):
+                n_fitting -= 1
     del reserved
     gc.collect()
     torch.accelerator.empty_cache()
@@ -260,19 +271,23 @@ def find_max_micro_batch_size(
 
 def fits_in_memory(model: GPT, size: int, data: Dataset, procs: Processes) -> bool:
     """Return whether a micro-batch of `size` rows fits in the memory of all processes."""
-    torch.accelerator.empty_cache()  # memory cached for another size cannot be reused
-    loss = None
     try:
-        batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
-        with procs.autocast():
-            loss = model(batch.tokens, batch.targets, batch.positions)
-        loss.backward()
-        fits = procs.peak_memory() < 0.92 * procs.total_memory()
+        fits = measure_memory(model, size, data, procs) < MEMORY_LIMIT
     except torch.OutOfMemoryError:
         fits = False
-    del loss  # and its saved activations
     model.zero_grad(set_to_none=True)
     return not procs.all_reduce(torch.tensor(int(not fits), device=procs.device))
+
+
+def measure_memory(model: GPT, size: int, data: Dataset, procs: Processes) -> float:
+    """Return the peak memory use of a micro-batch of `size` rows, as a fraction of this process's memory."""
+    torch.accelerator.empty_cache()  # memory cached for another size cannot be reused
+    batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
+    with procs.autocast():
+        loss = model(batch.tokens, batch.targets, batch.positions)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return procs.peak_memory() / procs.total_memory()
 
 
 def print_model_and_batch(config: TrainConfig, name: str, model: GPT, procs: Processes, batch_size: int) -> None:

@@ -187,7 +187,7 @@ def make_model(folder: Path, tokenizer: Tokenizer, chat: bool) -> Path:
     torch.manual_seed(1)
     size = tokenizer.chat_vocab_size if chat else tokenizer.vocab_size
     model = GPT(GPTConfig(block_size=64, vocab_size=size, n_layer=2, n_head=2, n_embd=32, init_std=0.3))
-    checkpoint.save(folder / "step_000001", model, tokenizer, {}, {"step": 1})
+    checkpoint.save(folder / "step_000001", model.config, model.state_dict(), tokenizer, {}, {"step": 1})
     return folder / "step_000001"
 
 
@@ -202,7 +202,7 @@ def chatterbox(tmp_path_factory) -> Path:
     with torch.no_grad():
         model.ln_f.bias.fill_(1.0)
         model.wte.weight[silent] = -1.0  # against that bias: their logits are far below all others
-    checkpoint.save(folder, model, tokenizer, {}, {"step": 1})
+    checkpoint.save(folder, model.config, model.state_dict(), tokenizer, {}, {"step": 1})
     return folder
 
 

@@ -91,6 +91,12 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
     for seed in (1, 2):
         yield "1M", "adamw_wsd", {"lr": 4e-3, "embedding_lr": 1.6e-2, "seed": seed}
         yield "1M", "muon", {"embedding_lr": 3.2e-2, "seed": seed}
+    yield "1M", "muon", {"lr": 5e-3, "embedding_lr": 6.4e-2}
+    for decay_fraction in (0.5, 0.8):
+        for lr in (5e-3, 1e-2):
+            changes = {"decay_fraction": decay_fraction} if decay_fraction != 0.5 else {}
+            yield "1M", "muon", {"steps": 500, "lr": lr, "embedding_lr": 6.4e-2} | changes
+    yield "1M", "adamw_wsd", {"lr": 4e-3, "embedding_lr": 1.6e-2, "decay_fraction": 0.8}
     for lr in (4e-3, 2e-3):
         yield "3M", "adamw_wsd", {"lr": lr, "embedding_lr": 1.6e-2}
     for lr in (1e-2, 5e-3):

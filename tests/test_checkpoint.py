@@ -43,10 +43,14 @@ def trained(steps: int = 3, **changes) -> tuple[GPT, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def save_model(folder: Path, model: GPT, train_state: dict, meta: dict) -> None:
+    checkpoint.save(folder, model.config, model.state_dict(), load_tokenizer("bytes"), train_state, meta)
+
+
 def save_checkpoint(folder: Path, model: GPT | None = None, val_loss: float | None = None, **meta) -> Path:
     """Write a checkpoint without optimiser state."""
     metrics = {} if val_loss is None else {"val_loss": val_loss}
-    checkpoint.save(folder, model or tiny_model(), load_tokenizer("bytes"), {}, {"step": 1, "metrics": metrics} | meta)
+    save_model(folder, model or tiny_model(), {}, {"step": 1, "metrics": metrics} | meta)
     return folder
 
 
@@ -79,7 +83,7 @@ def saved(run: Path) -> Path:
     model, optimizer = trained()
     meta = {"step": 3, "metrics": {"val_loss": 5.5}, "identity": {"seed": 1}}
     train_state = checkpoint.optimizer_state_dict(model, optimizer)
-    checkpoint.save(run / "step_000003", model, load_tokenizer("bytes"), train_state, meta)
+    save_model(run / "step_000003", model, train_state, meta)
     return run / "step_000003"
 
 
@@ -143,9 +147,7 @@ def test_meta_describes_the_checkpoint(saved):
 
 def test_noncontiguous_state_is_saved(run):
     transposed = torch.arange(6.0).view(2, 3).t()
-    checkpoint.save(
-        run / "step_000001", tiny_model(), load_tokenizer("bytes"), {"exp_avg.wte.weight": transposed}, {"step": 1}
-    )
+    save_model(run / "step_000001", tiny_model(), {"exp_avg.wte.weight": transposed}, {"step": 1})
     loaded = checkpoint.load_tensors(run / "step_000001", "train_state", runs.read_meta(run / "step_000001"))
     assert torch.equal(loaded["exp_avg.wte.weight"], transposed)
 
@@ -248,7 +250,7 @@ def test_weights_of_another_model_are_rejected(saved, changes):
 
 @pytest.mark.parametrize("key", ["exp_avg.h.9.ln_1.weight", "exp_avg.wpe.weight"])
 def test_optimizer_state_of_another_model_is_rejected(run, key):
-    checkpoint.save(run / "step_000001", tiny_model(), load_tokenizer("bytes"), {key: torch.ones(3)}, {"step": 1})
+    save_model(run / "step_000001", tiny_model(), {key: torch.ones(3)}, {"step": 1})
     message = error_message(load_all, run / "step_000001")
     assert key in message and "does not fit the model" in message
 

@@ -51,7 +51,7 @@ def memorized(tmp_path_factory, finetuned) -> Path:
         optimizer.zero_grad()
     assert loss / sum(loss_mask) < 0.1
     meta = runs.read_meta(finetuned / "step_000012")
-    checkpoint.save(folder / "run" / "step_000072", model, tokenizer, {}, meta)
+    checkpoint.save(folder / "run" / "step_000072", model.config, model.state_dict(), tokenizer, {}, meta)
     return folder / "run"
 
 

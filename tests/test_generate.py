@@ -34,7 +34,9 @@ def parrot(tmp_path_factory):
     data = ("--files", "chat.jsonl", "--tokenizer", "bytes", "--block_size", 64, "--val_fraction", 0.2)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=64))
-    checkpoint.save(folder / "base" / "step_000001", model, load_tokenizer("bytes"), {}, {"step": 1})
+    checkpoint.save(
+        folder / "base" / "step_000001", model.config, model.state_dict(), load_tokenizer("bytes"), {}, {"step": 1}
+    )
     start("prepare_dolly.py", *data, cwd=folder)
     steps = ("--steps", 120, "--batch_tokens", 1024, "--micro_batch_size", 16, "--lr", 1e-2, "--dropout", 0)
     start("finetune.py", "--init", "./base", *steps, "--val_every", 60, cwd=folder)

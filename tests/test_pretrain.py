@@ -7,8 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TRAIN, edit_manifest, read_log, start
 from safetensors.torch import load_file
+from test_hellaswag import write_examples
 from test_shards import write_bin
 
 import evaluate
@@ -149,6 +151,28 @@ def test_two_processes_equal_one_with_adamw(text_data, tmp_path):
     for processes in (1, 2):
         start(*args, "--out", f"./{processes}", cwd=tmp_path, processes=processes)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+
+
+def test_a_sharded_run_equals_one_process(pretrained, text_data, tmp_path):
+    """Losses, samples, HellaSwag, and the same checkpoint files, from which either kind of run continues."""
+    examples = write_examples(tmp_path / "examples.jsonl")
+    extras = ("--sample_every", 12, "--hellaswag_every", 12, "--hellaswag_files", examples, "--micro_batch_size", 4)
+    args = ("pretrain.py", "--data", text_data, *TRAIN, "--val_every", 4, "--save_every", 6, *extras)
+    start(*args, "--out", "./sharded", "--shard", cwd=tmp_path, processes=2)
+    start(*args, "--out", "./whole", cwd=tmp_path)
+    sharded, whole = read_log(tmp_path / "sharded"), read_log(tmp_path / "whole")
+    for key in ("loss", "val_loss", "grad_norm", "hellaswag", "samples"):
+        values = [[row[key] for row in log if key in row] for log in (sharded, whole)]
+        assert values[0] and (values[0] == values[1] or values[0] == pytest.approx(values[1], rel=1e-4))
+    for file in ("model", "train_state"):
+        tensors = [load_file(tmp_path / run / "step_000012" / f"{file}.safetensors") for run in ("sharded", "whole")]
+        torch.testing.assert_close(*tensors, rtol=1e-2, atol=1e-4)
+
+    shutil.copytree(pretrained, tmp_path / "other")
+    for run, processes, flags in (("sharded", 1, ()), ("other", 2, ("--shard",))):
+        shutil.rmtree(tmp_path / run / "step_000012")
+        start(*args, "--out", f"./{run}", *flags, cwd=tmp_path, processes=processes)
+        assert losses(tmp_path / run) == pytest.approx(losses(pretrained), rel=1e-5)
 
 
 def test_an_error_of_one_process_is_reported(text_data, tmp_path):

@@ -6,8 +6,10 @@ import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -332,8 +334,8 @@ def test_every_shape_is_compiled_as_one_graph(monkeypatch):
     """The last batch of a validation is smaller, and a second shape must not break the graph."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model = small_model()
-    trained = parallelize(model, ALONE, compile=True)
-    for rows, length in ((4, 8), (3, 8), (3, 5), (1, 1)):
+    trained = parallelize(copy.deepcopy(model), ALONE, compile=True)
+    for rows, length in ((4, 16), (3, 16), (3, 5), (1, 1)):
         batch = Batch(*torch.randint(50, (2, rows, length)))
         losses = [forward(batch.tokens, batch.targets).item() for forward in (trained, model)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -344,31 +346,64 @@ import functools, sys, torch
 from torch import nn
 sys.path.insert(0, {root!r})
 from minigpt.dataset import Batch
-from minigpt.distributed import init_processes, parallelize
-from minigpt.optim import build_optimizer
-from minigpt.training import train_step
+from minigpt.distributed import full_tensor, init_processes, parallelize, shard
+from minigpt.optim import build_optimizer, own_rows
+from minigpt.training import build_scaler, train_step
 from model import GPT, GPTConfig
 
+shape, optimizer, dtype, *flags = sys.argv[1:]
+n_layer, n_embd = map(int, shape.split("x"))
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 nn.parallel.DistributedDataParallel = functools.partial(nn.parallel.DistributedDataParallel, bucket_cap_mb=1)
-procs = init_processes("cpu", "float32")
+procs = init_processes("cpu", dtype)
 torch.manual_seed(0)
-model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=3, n_head=2, n_embd=256))
-tokens = torch.randint(50, (8, 8)).chunk(procs.world_size)[procs.rank]
-trained, optimizer = parallelize(model, procs, compile=procs.world_size > 1), build_optimizer(model, 1e-3, 0.1)
-steps = [train_step(trained, [Batch(tokens, tokens)] * 2, optimizer, 1e-3, 1.0, procs) for _ in range(3)]
-if procs.is_main:
-    print("losses", *(step["loss"].item() for step in steps))
+model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=n_layer, n_head=2, n_embd=n_embd))
+model.activation_checkpointing = "checkpointing" in flags
+tokens = torch.randint(50, (12, 8)).chunk(procs.world_size)[procs.rank]
+if "shard" in flags:
+    shard(model, procs)
+optimizer, scaler = build_optimizer(model, 1e-2, 0.1, optimizer), build_scaler(procs)
+trained = parallelize(model, procs, compile="compile" in flags and procs.world_size > 1)
+
+
+def on_micro_batch(done, total):
+    if step == 2 and (procs.is_main or "shard" not in flags):  # with sharding, in the rows of one process
+        own_rows(model.wte.weight.grad)[0, 0] = torch.inf
+
+
+for step in range(4):
+    options = (1e-2, 0.5, procs, (0, step), on_micro_batch, scaler)
+    metrics = train_step(trained, [Batch(tokens, tokens)] * 2, optimizer, *options)
+    norm = full_tensor(nn.utils.get_total_norm(list(model.parameters())))
+    if procs.is_main:
+        print(metrics["loss"].item(), metrics["grad_norm"].item(), norm.item(), scaler.get_scale())
 procs.close()
 """
 
 
+def train_split(run_script: Callable, folder: Path, processes: int, *args: str) -> list[list[float]]:
+    """Return loss, gradient norm, norm of the weights and loss scale after each of 4 steps, of which one is skipped."""
+    (folder / "split.py").write_text(SPLIT.format(root=str(ROOT)))
+    output = run_script(folder / "split.py", *args, processes=processes).stdout
+    return [list(map(float, line.split())) for line in output.splitlines()]
+
+
 def test_ddp_with_several_buckets_and_compiled_equals_one_process(run_script, tmp_path):
     """A block of 3 MB fills several buckets of 1 MB; smaller models have one bucket only."""
-    (tmp_path / "split.py").write_text(SPLIT.format(root=str(ROOT)))
-    one, two = (run_script(tmp_path / "split.py", processes=n).stdout.split() for n in (1, 2))
-    assert one[0] == two[0] == "losses"
-    assert [float(loss) for loss in two[1:]] == pytest.approx([float(loss) for loss in one[1:]], rel=1e-5)
+    one, two = (train_split(run_script, tmp_path, n, "3x256", "adamw", "float32", "compile") for n in (1, 2))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("dtype", "flags"), [("float32", ()), ("float16", ()), ("float32", ("compile", "checkpointing"))]
+)
+def test_sharded_equals_one_process(run_script, tmp_path, optimizer, dtype, flags):
+    """The rows of the matrices, 10 and 30, do not divide into three equal shares, nor do the 2 or 5 matrices."""
+    args = ("5x10", optimizer, dtype, *flags)
+    one, three = train_split(run_script, tmp_path, 1, *args), train_split(run_script, tmp_path, 3, *args, "shard")
+    torch.testing.assert_close(three, one, rtol=1e-4 if dtype == "float32" else 1e-2, atol=0, equal_nan=True)
+    assert one[1][2] == one[2][2] != one[3][2]  # weights after the second, the skipped and the last step
 
 
 # ---- the size of a micro-batch -------------------------------------------------------------------------------------
@@ -427,9 +462,7 @@ def test_the_largest_size_that_fits_compiled(monkeypatch, most, expected):
     model, data = OutOfMemory(small_model().config), SimpleNamespace(n_rows={"train": 3}, block_size=8)
     data.batch = lambda split, rows: Batch(*torch.randint(50, (2, len(rows), 8)))
     model.most, model.kept = 5, 0
-    compiled = copy.copy(model)
-    compiled.most = most
-    monkeypatch.setattr(training, "compile_blocks", lambda model: compiled)
+    monkeypatch.setattr(training, "compile_blocks", lambda model: setattr(model, "most", most))
     monkeypatch.setattr(Processes, "peak_memory", lambda self: 0)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     arguments = (model, data, build_optimizer(model, 1e-3, 0.1), [1, 2, 4, 8, 16], ALONE, True)
@@ -441,9 +474,10 @@ def test_the_largest_size_that_fits_compiled(monkeypatch, most, expected):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "resumed", "copies"), [(1, False, 2), (2, False, 3), (1, True, 0), (2, True, 1)]
+    ("world_size", "resumed", "sharded", "copies"),
+    [(1, False, False, 2), (2, False, False, 3), (1, True, False, 0), (2, True, False, 1), (2, False, True, 2)],
 )
-def test_the_search_reserves_memory_for_optimizer_and_ddp(monkeypatch, world_size, resumed, copies):
+def test_the_search_reserves_memory_for_optimizer_and_ddp(monkeypatch, world_size, resumed, sharded, copies):
     model, data = small_model(), SimpleNamespace(n_rows={"train": 3}, block_size=8)
     data.batch = lambda split, rows: Batch(*torch.randint(50, (2, len(rows), 8)))
     optimizer, reserved = build_optimizer(model, 1e-3, 0.1), []
@@ -453,9 +487,28 @@ def test_the_search_reserves_memory_for_optimizer_and_ddp(monkeypatch, world_siz
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: reserved.append(shape) or empty(*shape, **options))
     monkeypatch.setattr(Processes, "peak_memory", lambda self: 0)
     monkeypatch.setattr(Processes, "all_reduce", lambda self, tensor: tensor)
+    monkeypatch.setattr(Processes, "all_gather", lambda self, value: [value])
+    monkeypatch.setattr(training, "is_sharded", lambda tensor: sharded)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     find_max_micro_batch_size(model, data, optimizer, [1, 2], replace(ALONE, world_size=world_size))
-    assert reserved[0] == (copies, model.config.num_parameters)
+    assert reserved[0] == (copies, model.config.num_parameters // (world_size if sharded else 1))
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(0.01, 16), (0.1, 8), (0.9, 1), (1.0, None)])
+def test_the_largest_size_of_a_sharded_model_is_predicted(monkeypatch, rows, expected):
+    """Sizes above 2 are not tried: a process that runs out of memory alone would leave the others waiting."""
+    sizes = []
+    monkeypatch.setattr(training, "measure_memory", lambda model, size, *args: sizes.append(size) or rows * size)
+    monkeypatch.setattr(training, "is_sharded", lambda tensor: True)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    model = small_model()
+    search = functools.partial(find_max_micro_batch_size, model, None, build_optimizer(model, 1e-3, 0.1))
+    if expected is None:
+        with pytest.raises(UserError, match="not even one row fits"):
+            search([1, 2, 4, 8, 16], ALONE)
+    else:
+        assert search([1, 2, 4, 8, 16], ALONE) == expected
+    assert sizes == [1, 2]
 
 
 def test_deterministic_reaches_inductor():
