@@ -1,15 +1,19 @@
 # make demo      train a small chat model on a laptop CPU, in minutes
 # make test      run lint and tests
 # make soak      kill a training run two hundred times and compare the result; damage files thousands of times
+# make gpu       run the tests and measure every stage on an NVIDIA GPU: make gpu DATA=folder CHAT=folder
 # make pictures  draw the pictures in docs/; needs `make demo`, chromium and its driver
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
+DATA ?= data/fineweb_edu
+CHAT ?= data/dolly
+
 QUESTIONS := "Who are you?" "What does json.dumps do?" "How do I use sorted?"
 
-.PHONY: demo test lint soak pictures clean
+.PHONY: demo test lint soak gpu pictures clean
 
 # One stamp file per requirements file: if one has changed, make installs again.
 $(VENV)/installed: requirements.txt
@@ -49,6 +53,9 @@ test: lint
 soak: $(VENV)/installed-dev
 	$(PY) tests/soak.py --kills 200
 	FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/test_fuzz.py
+
+gpu: $(VENV)/installed-dev
+	$(PY) tests/gpu_report.py --data $(DATA) --chat $(CHAT)
 
 pictures: $(VENV)/installed-dev
 	$(PY) plot.py runs/demo runs/demo_chat --out docs/loss.png
