@@ -298,6 +298,7 @@ def run_in_subprocess(function: Callable, *args: object) -> int:
 PRECISIONS = {  # weights' dtype, int8, bytes per weight
     "float32": (torch.float32, False, 4),
     "bfloat16": (torch.bfloat16, False, 2),
+    "float16": (torch.float16, False, 2),
     "int8": (torch.float32, True, 1),
 }
 PROMPT = list(range(1000, 1016))

@@ -158,7 +158,7 @@ class InferenceConfig(CheckpointConfig):
 
     device: str | None = None
     """cuda, mps or cpu; default: the best available."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights."""
     quantize: Literal["int8"] | None = None
     """Quantise the weights to 8 bits: more than twice as fast on a CPU, slightly less accurate."""

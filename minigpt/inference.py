@@ -4,8 +4,11 @@ Decoding one token of one sequence uses every weight once, so on a CPU its time 
 memory. docs/performance.md has the measurements behind the choices here.
 """
 
+import statistics
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
@@ -18,6 +21,9 @@ from minigpt.pretrained import PretrainedModel, load_pretrained
 from minigpt.sampling import SamplingParams, sample_token
 from minigpt.tokenizer import StreamDecoder, Tokenizer
 from model import GPT, KVCache, eval_mode
+
+LinearKernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, weight, bias) -> x @ weight.t() + bias
+MIN_TIMED_BYTES = 2**24  # smaller weights stay in the caches, where the times are close
 
 
 def stream_text(
@@ -184,12 +190,12 @@ def optimize_for_inference(model: GPT, device: torch.device, dtype: torch.dtype,
     if device.type != "cpu":
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN attention would build a new plan for every length
     elif int8 or dtype != torch.float32:
-        linear_class = Int8Linear if int8 else BFloat16Linear
-        model.lm_head = linear_class(model.wte.weight, torch.zeros(model.config.padded_vocab_size, dtype=dtype))
+        new_linear = Int8Linear if int8 else partial(HalfLinear, row_kernel=choose_row_kernel(model))
+        model.lm_head = new_linear(model.wte.weight, torch.zeros(model.config.padded_vocab_size, dtype=dtype))
         for block in model.h:
             for part in (block.attn, block.mlp):
                 for name, layer in list(part.named_children()):
-                    setattr(part, name, linear_class(layer.weight, layer.bias))
+                    setattr(part, name, new_linear(layer.weight, layer.bias))
     else:  # float32 weights are read faster in (in, out) layout
         for module in model.modules():
             if isinstance(module, nn.Linear) or module is model.wte:
@@ -197,17 +203,52 @@ def optimize_for_inference(model: GPT, device: torch.device, dtype: torch.dtype,
     return model
 
 
-class BFloat16Linear(nn.Module):
-    """A linear layer that uses `addmv` for a single row, which is 1.5 times faster than `F.linear` in bfloat16."""
+class HalfLinear(nn.Module):
+    """A linear layer in bfloat16 or float16. `row_kernel` computes a single row, see `choose_row_kernel`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor):
+    def __init__(self, weight: Tensor, bias: Tensor, row_kernel: LinearKernel):
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.row_kernel = weight, bias, row_kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > x.size(-1):
-            return F.linear(x, self.weight, self.bias)
-        return torch.addmv(self.bias, self.weight, x.flatten()).view(*x.shape[:-1], -1)
+        kernel = self.row_kernel if x.numel() == x.size(-1) else F.linear
+        return kernel(x, self.weight, self.bias)
+
+
+def choose_row_kernel(model: GPT) -> LinearKernel:
+    """Time the kernels for a single row on this CPU and return the faster one; small models are not timed.
+
+    They round differently, so every run has to choose the same one, or a seed would give different texts. The times
+    are therefore CPU times of one thread, and `addmv` is chosen only if it takes less than 0.9 of the other's time.
+    """
+    layers = [block.mlp.c_fc for block in model.h[:12]]
+    if sum(layer.weight.nbytes for layer in layers) < MIN_TIMED_BYTES:
+        return F.linear
+    times: dict[LinearKernel, list[float]] = {F.linear: [], linear_addmv: []}
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(84 // len(layers)):  # 0.2 s for GPT-2 124M
+        for kernel in times:
+            times[kernel] += cpu_times(kernel, layers)
+    torch.set_num_threads(n_threads)
+    linear, addmv = map(statistics.median, times.values())
+    return linear_addmv if addmv < 0.9 * linear else F.linear
+
+
+def linear_addmv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return `F.linear(x, weight, bias)` for a single row x (..., C) as the product of a matrix and a vector."""
+    return torch.addmv(bias, weight, x.flatten()).view(*x.shape[:-1], -1)
+
+
+def cpu_times(kernel: LinearKernel, layers: list[nn.Linear]) -> list[float]:
+    """Return the CPU seconds of one row through each layer. As in decoding, the weights are not in a cache."""
+    row = torch.ones_like(layers[0].weight[:1])  # (1, C)
+    times = []
+    for layer in layers:
+        started = time.thread_time()
+        kernel(row, layer.weight, layer.bias)
+        times.append(time.thread_time() - started)
+    return times
 
 
 class Int8Linear(nn.Module):

@@ -92,8 +92,9 @@ def test_the_peers_compute_the_same_loss(tiny_models):
 
 def test_generate(tiny_models):
     rows = list(bench.bench_generate(bench.Config(repeats=1), SINGLE_PROCESS, bandwidth=1e9, n_tokens=4))
-    assert [row.name for row in rows[::2]] == ["generate float32", "generate bfloat16", "generate int8"]
-    assert [row.peer for row in rows[::2]] == ["transformers", "generate float32", "generate float32"]
+    precisions = ["float32", "bfloat16", "float16", "int8"]
+    assert [row.name for row in rows[::2]] == [f"generate {precision}" for precision in precisions]
+    assert [row.peer for row in rows[::2]] == ["transformers"] + ["generate float32"] * 3
     assert [(row.name, row.peer) for row in rows[1::2]] == [(f"{row.name}, 8 samples", row.name) for row in rows[::2]]
     assert all(row.value > 0 and row.ratio > 0 for row in rows)
 

@@ -65,7 +65,8 @@ def test_chat_loss_is_over_the_assistants_tokens(finetuned, chat_data, run_scrip
 
 
 @pytest.mark.parametrize(
-    ("flags", "precision"), [(("--quantize", "int8"), "int8"), (("--dtype", "bfloat16"), "bfloat16")]
+    ("flags", "precision"),
+    [(("--quantize", "int8"), "int8"), (("--dtype", "bfloat16"), "bfloat16"), (("--dtype", "float16"), "float16")],
 )
 def test_loss_in_lower_precision_is_close_to_float32(pretrained, text_data, run_script, tmp_path, flags, precision):
     args = ("--checkpoint", pretrained, "--data", text_data, "--no_hellaswag", "--json", "figures.jsonl")

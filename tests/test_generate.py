@@ -107,9 +107,12 @@ def test_long_question_is_answered_with_a_warning(run_script, finetuned):
     assert "its oldest part is dropped" in done.stderr and done.stdout
 
 
-def test_half_precision(run_script, pretrained):
-    args = ("generate.py", "--checkpoint", pretrained, "--prompt", "Document", *GREEDY)
-    assert run_script(*args, "--dtype", "bfloat16").stdout.startswith("Document")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(run_script, pretrained, dtype):
+    """A seed gives the same text again."""
+    args = ("generate.py", "--checkpoint", pretrained, "--prompt", "Document", "--max_tokens", 20, "--seed", 1)
+    outputs = [run_script(*args, "--dtype", dtype).stdout for _ in range(2)]
+    assert outputs[0].startswith("Document") and outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("source", ["./gpt2", "out"])

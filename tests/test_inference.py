@@ -13,13 +13,16 @@ from torch import Tensor
 
 from minigpt import inference
 from minigpt.inference import (
-    BFloat16Linear,
     CUDAGraphStep,
+    HalfLinear,
     Int8Linear,
     StaticKVCache,
     can_use_cuda_graph,
+    choose_row_kernel,
+    cpu_times,
     decode_step,
     generate_tokens,
+    linear_addmv,
     make_generator,
     optimize_for_inference,
     stream_text,
@@ -165,7 +168,7 @@ def test_top_k_and_top_p_are_used():
         assert torch.equal(tokens, greedy)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_vocabulary_padding_is_never_sampled(dtype):
     drawn = generate(small_model(dtype=dtype), PROMPT, 30, 8, 5.0)
     assert 30 < drawn.max() < 37
@@ -281,7 +284,12 @@ def is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
     ("dtype", "int8", "tolerance"),
-    [(torch.float32, False, 1e-6), (torch.bfloat16, False, 2e-2), (torch.float32, True, 5e-2)],
+    [
+        (torch.float32, False, 1e-6),
+        (torch.bfloat16, False, 2e-2),
+        (torch.float16, False, 3e-3),
+        (torch.float32, True, 5e-2),
+    ],
 )
 def test_prepared_logits_equal_plain_logits(model, rows, dtype, int8, tolerance):
     """For a whole prompt, then token by token, with one row and with several."""
@@ -295,12 +303,68 @@ def test_prepared_logits_equal_plain_logits(model, rows, dtype, int8, tolerance)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "int8", "linear_class"), [(torch.bfloat16, False, BFloat16Linear), (torch.float32, True, Int8Linear)]
+    ("dtype", "int8", "linear_class"),
+    [(torch.bfloat16, False, HalfLinear), (torch.float16, False, HalfLinear), (torch.float32, True, Int8Linear)],
 )
 def test_every_linear_layer_is_replaced(model, dtype, int8, linear_class):
     prepared = optimize_for_inference(copy.deepcopy(model), CPU, dtype, int8)
     assert sum(isinstance(module, linear_class) for module in prepared.modules()) == 4 * CONFIG.n_layer + 1
     assert not any(isinstance(module, torch.nn.Linear) for module in prepared.modules())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kernel", [F.linear, linear_addmv])
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (1, 1, 70), (1, 3, 70), (4, 1, 70)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_kernels_are_exact_up_to_rounding(kernel, shape, dtype, tolerance):
+    """The error is that of one rounding of the exact result. The first three shapes are a single row."""
+    weight, bias, x = (torch.randn(size, generator=cpu_generator()).to(dtype) for size in ((90, 70), 90, shape))
+    y = HalfLinear(weight, bias, kernel)(x)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert y.dtype == dtype and y.shape == exact.shape
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize(("addmv", "expected"), [(0.5, linear_addmv), (0.95, F.linear), (1.5, F.linear)])
+def test_the_faster_kernel_computes_single_rows(model, monkeypatch, addmv, expected):
+    """By a margin, and by medians: one slow call does not count."""
+    threads, calls = torch.get_num_threads(), []
+
+    def scripted_times(kernel, layers):
+        calls.append((kernel, torch.get_num_threads(), len(layers)))
+        seconds = {F.linear: 1.0, linear_addmv: addmv}[kernel]
+        return [seconds if len(calls) > 2 else 99.0] * len(layers)
+
+    monkeypatch.setattr(inference, "cpu_times", scripted_times)
+    monkeypatch.setattr(inference, "MIN_TIMED_BYTES", 0)
+    prepared = optimize_for_inference(copy.deepcopy(model), CPU, torch.bfloat16)
+    assert {layer.row_kernel for layer in prepared.modules() if isinstance(layer, HalfLinear)} == {expected}
+    assert calls[:4] == [(kernel, 1, CONFIG.n_layer) for kernel in (F.linear, linear_addmv)] * 2
+    assert torch.get_num_threads() == threads
+
+
+def test_kernels_are_timed_on_the_models_layers(model, monkeypatch):
+    half = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False)
+    times = cpu_times(F.linear, [block.mlp.c_fc for block in half.h])
+    assert len(times) == CONFIG.n_layer and min(times) >= 0
+    monkeypatch.setattr(inference, "MIN_TIMED_BYTES", 0)
+    assert choose_row_kernel(half) in (F.linear, linear_addmv)
+
+
+def test_small_models_are_not_timed(model, monkeypatch):
+    monkeypatch.setattr(inference, "cpu_times", None)
+    assert choose_row_kernel(copy.deepcopy(model).to(torch.bfloat16)) is F.linear
+
+
+@torch.inference_mode()
+def test_rows_of_a_batch_use_the_kernel_for_many_rows():
+    def fail(*_):
+        raise AssertionError("the kernel for a single row")
+
+    layer = HalfLinear(torch.ones(3, 2).bfloat16(), torch.zeros(3).bfloat16(), fail)
+    assert layer(torch.ones(2, 1, 2).bfloat16()).tolist() == [[[2.0] * 3]] * 2
+    with pytest.raises(AssertionError, match="single row"):
+        layer(torch.ones(1, 1, 2).bfloat16())
 
 
 def test_float32_weights_are_stored_as_in_by_out(model):
@@ -331,7 +395,7 @@ def test_loss_is_that_of_the_prepared_logits(model):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("dtype", "int8"), [(torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
 def test_loss_of_many_tokens_is_summed_over_chunks(model, dtype, int8):
     """Ignored targets do not count, in any chunk of 1,024 tokens."""
     prepared = optimize_for_inference(copy.deepcopy(model), CPU, dtype, int8)
