@@ -103,7 +103,8 @@ class Processes:
         On a GPU: of this GPU, since the last call. On a CPU: of this process, since it started.
         """
         if self.device.type != "cuda":
-            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else KiB
+            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         used = torch.cuda.max_memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return used

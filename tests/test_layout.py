@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+import memory
 import pytest
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
@@ -97,3 +98,10 @@ def test_torchrun_swallows_no_flag(script):
     assert not [(flag, option) for flag in flags for option in theirs if option.startswith(flag)]
     arguments = [argument for flag in flags for argument in (flag, "1")]
     assert parser.parse_args(["script.py", *arguments]).training_script_args == arguments
+
+
+def test_memory_tables_are_those_of_the_docs(capsys):
+    memory.main()
+    lines = capsys.readouterr().out.splitlines()
+    docs = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    assert len(lines) == 13 and set(lines) <= set(docs)

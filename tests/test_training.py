@@ -394,9 +394,14 @@ def test_ddp_with_several_buckets_and_compiled_equals_one_process(run_script, tm
     torch.testing.assert_close(two, one, rtol=1e-4, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    ("dtype", "flags"), [("float32", ()), ("float16", ()), ("float32", ("compile", "checkpointing"))]
+    ("optimizer", "dtype", "flags"),
+    [
+        ("adamw", "float32", ()),
+        ("adamw", "float16", ()),
+        ("muon", "float32", ()),
+        ("muon", "float32", ("compile", "checkpointing")),
+    ],
 )
 def test_sharded_equals_one_process(run_script, tmp_path, optimizer, dtype, flags):
     """The rows of the matrices, 10 and 30, do not divide into three equal shares, nor do the 2 or 5 matrices."""
