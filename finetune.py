@@ -55,7 +55,7 @@ class Config(TrainConfig):
 
 def main(config: Config) -> None:
     check_config(config)
-    procs = init_processes(config.device, config.dtype, config.deterministic)
+    procs = init_processes(config.device, config.dtype, config.deterministic, config.timeout_minutes)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN with masks (pytorch issue 196678)
     resumed = procs.call_on_main(find_newest, Path(config.out))  # has all weights: --init is not needed
     initial = load_pretrained(str(resumed or config.init))

@@ -87,7 +87,7 @@ class Config(TrainConfig):
 def main(config: Config) -> None:
     check_config(config)
     model_config = get_model_config(config)
-    procs = init_processes(config.device, config.dtype, config.deterministic)
+    procs = init_processes(config.device, config.dtype, config.deterministic, config.timeout_minutes)
     block_size = model_config.block_size
     batch_size = training.get_batch_size(config.batch_tokens, config.micro_batch_size, block_size, procs.world_size)
     data = TokenDataset(config.data, block_size)

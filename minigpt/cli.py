@@ -59,9 +59,13 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout once more
         sys.exit(0)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, so that torch is not imported here
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, so that torch is not imported here
+            exit_with_error("out of GPU memory: for training halve --micro_batch_size, else lower --num_samples")
+        if "Timed out waiting" not in str(error):  # the message of gloo; NCCL ends the process by itself
             raise
-        exit_with_error("out of GPU memory: for training halve --micro_batch_size, else lower --num_samples")
+        exit_with_error(
+            "another process hangs or is too slow: see --timeout_minutes; run the same command again to resume"
+        )
     except OSError as error:  # disk full, no permission, read-only file system
         if error.errno is None:
             raise

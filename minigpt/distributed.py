@@ -131,8 +131,13 @@ class Processes:
             dist.destroy_process_group()
 
 
-def init_processes(device: str | None, dtype: str | None, deterministic: bool = False) -> Processes:
-    """Join the process group that `torchrun` starts, if any: nccl on GPUs, gloo elsewhere."""
+def init_processes(
+    device: str | None, dtype: str | None, deterministic: bool = False, timeout_minutes: float = 30
+) -> Processes:
+    """Join the process group that `torchrun` starts, if any: nccl on GPUs, gloo elsewhere.
+
+    `timeout_minutes` is the time that collective operations wait for other processes.
+    """
     if deterministic:
         import torch._inductor.config as inductor_config
 
@@ -154,7 +159,8 @@ def init_processes(device: str | None, dtype: str | None, deterministic: bool = 
             warn_if_restarts_fail()
         store = rendezvous(rank, world_size)
         backend, device_id = ("nccl", found) if found.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
+        options = {"timeout": timedelta(minutes=timeout_minutes), "device_id": device_id}
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
     return Processes(rank, world_size, found, find_dtype(dtype, found))
 
 

@@ -67,6 +67,8 @@ class TrainConfig:
     """Trackers to log to, besides log.jsonl."""
     max_minutes: float | None = resumable(None)
     """Save and stop this long after the start of torchrun or the script; run the same command again to resume."""
+    timeout_minutes: float = resumable(30.0)
+    """End the run if a process waits this long for another one; saving a checkpoint must take less."""
     device: str | None = resumable(None)
     """cuda, mps or cpu; default: the best available."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = resumable(None)
@@ -99,6 +101,7 @@ def check_train_config(config: TrainConfig) -> None:
     check_range("dropout", config.dropout, 0, 0.9)
     check_range("seed", config.seed, 0, 2**63 - 1)
     check_range("max_minutes", config.max_minutes, 0, open_low=True)
+    check_range("timeout_minutes", config.timeout_minutes, 0, 10_000, open_low=True)
     check_report_to(config.report_to)
 
 

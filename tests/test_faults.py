@@ -343,6 +343,20 @@ def test_processes_with_different_flags_do_not_train(text_data, tmp_path):
     assert not runs.list_steps(tmp_path / "run")
 
 
+def test_a_process_that_hangs_ends_the_run(text_data, tmp_path):
+    args = ("--data", text_data, "--out", "./run", *LONG, "--steps", 100_000, "--timeout_minutes", 0.1)
+    command = [ROOT / "pretrain.py", *args, "--micro_batch_size", 4]
+    processes = [ForkedProcess(command, tmp_path, os.environ | rank) for rank in distributed_env(2)]
+    wait_for_step(tmp_path / "run", 5, processes[0])
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    _, errors = processes[0].communicate(timeout=60)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    assert processes[0].returncode == 2 and "Traceback" not in errors
+    assert errors.endswith(
+        "error: another process hangs or is too slow: see --timeout_minutes; run the same command again to resume\n"
+    )
+
+
 def test_all_processes_report_an_error_of_the_main_process(text_data, tmp_path):
     """None waits for the others: the run belongs to another process, whose lock only the main process tries."""
     lock = lock_folder(tmp_path / "run")

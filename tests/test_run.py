@@ -106,7 +106,7 @@ def test_checkpoint_without_a_newer_field_of_the_model_resumes(flags):
 
 def test_flags_that_do_not_change_the_result_are_resumable():
     shared = {"out", "data", "micro_batch_size", "val_every", "save_every", "keep", "max_minutes", "report_to"}
-    shared |= {"device", "dtype", "compile", "deterministic", "activation_checkpointing", "shard"}
+    shared |= {"device", "dtype", "compile", "deterministic", "activation_checkpointing", "shard", "timeout_minutes"}
     shared |= {"warmup_steps"}  # compared with the schedule
     pretraining = {"dry_run", "gpu_dollars_per_hour", "hellaswag_every", "hellaswag_files", "sample_every"}
     for script, expected in ((pretrain, shared | pretraining | {"sample_prompts"}), (finetune, shared | {"best_by"})):
