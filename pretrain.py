@@ -12,6 +12,7 @@ billion tokens; the README estimates its hours and price. The validation loss st
 
 import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
 
+import itertools
 import shlex
 import shutil
 import statistics
@@ -29,9 +30,9 @@ from minigpt import cli, training
 from minigpt.checkpoint import checkpoint_bytes
 from minigpt.cli import UserError, resumable
 from minigpt.dataset import TokenDataset, train_batches, val_batches
-from minigpt.distributed import Processes, gathered_embeddings, init_processes, parallelize, shard
+from minigpt.distributed import Processes, eager_model, init_processes, parallelize, shard
 from minigpt.hellaswag import evaluate_hellaswag, load_examples
-from minigpt.inference import make_generator, stream_text
+from minigpt.inference import generate_tokens, make_generator
 from minigpt.metrics import MetricsLogger, peak_flops
 from minigpt.optim import build_optimizer
 from minigpt.prefetch import prefetch
@@ -128,10 +129,10 @@ def main(config: Config) -> None:
         if save or step % config.val_every == 0:
             val_metrics = logger.log_validation(step, validation_loss())
         if config.hellaswag_every and step % config.hellaswag_every == 0:
-            with gathered_embeddings(model):
+            with eager_model(model):
                 logger.log_hellaswag(step, evaluate_hellaswag(model, examples, data.tokenizer, procs))
         if config.sample_every and step % config.sample_every == 0:
-            with gathered_embeddings(model):
+            with eager_model(model):
                 logger.log_samples(step, sample_texts(model, data.tokenizer, config.sample_prompts, config.seed))
         if save:
             run.save(step, model, optimizer, scaler, val_metrics)
@@ -203,13 +204,18 @@ def print_summary(config: Config, data: TokenDataset, model: GPT, batch_size: in
 
 
 def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], seed: int) -> list[dict]:
-    """Return continuations of prompts, {"prompt", "text"} each. The same seed gives the same text."""
+    """Return continuations of prompts, {"prompt", "text"} each. The same seed gives the same text.
+
+    All processes generate equally many tokens, as a sharded model requires, even if one of them ends the document.
+    """
     samples = []
     for prompt in prompts:
-        tokens = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+        start = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
         generator = make_generator(seed, model.wte.weight.device)
-        stream = stream_text(model, tokenizer, tokens, SamplingParams(max_tokens=100), generator)
-        samples.append({"prompt": prompt, "text": "".join(piece or "" for [piece] in stream)})
+        stream = generate_tokens(model, start, SamplingParams(), generator)
+        tokens = [token.item() for token in itertools.islice(stream, 100)]
+        document = itertools.takewhile(lambda token: token < tokenizer.end_of_text, tokens)
+        samples.append({"prompt": prompt, "text": tokenizer.decode(document)})
     return samples
 
 

@@ -146,7 +146,7 @@ def optimizer_state_dict(model: GPT, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def gather(tensors: dict[str, Tensor], procs: Processes) -> dict[str, Tensor]:
-    """Return sharded tensors whole on the main process, {} on the others. All processes must call this."""
+    """Gather sharded tensors on the main process; return {} on the others. All processes must call this."""
     gathered = {}
     for name, tensor in tensors.items():
         whole = full_tensor(tensor)
@@ -170,8 +170,8 @@ def load_optimizer_state_dict(
         if name not in parameters or tensor.shape not in (parameters[name].shape, ()):
             raise UserError(f"{folder} is corrupt: its optimiser state {key}.{name} does not fit the model")
         parameter = parameters[name]
-        whole = tensor.dim() == 0  # a step count, which every process has
-        optimizer.state[parameter][key] = tensor.to(parameter.device) if whole else shard_like(tensor, parameter)
+        is_scalar = tensor.dim() == 0  # a step count, which is not sharded
+        optimizer.state[parameter][key] = tensor.to(parameter.device) if is_scalar else shard_like(tensor, parameter)
 
 
 def prune(run: Path, keep: int, protected: Collection[Path] = ()) -> None:

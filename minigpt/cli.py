@@ -31,8 +31,8 @@ class UserError(Exception):
 def run(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
     """Parse the command line into `config_class`, call `main` with it, and turn errors into exit codes.
 
-    Exit codes: 0 done, 2 a mistake explained by one line on stderr, 130 interrupted by Ctrl-C. Any other exception is
-    a bug and keeps its traceback.
+    Exit codes: 0 done, 2 a mistake explained by one line on stderr, 1 another process hangs, 130 interrupted by Ctrl-C.
+    Any other exception is a bug and keeps its traceback.
     """
     import tyro
 
@@ -63,9 +63,8 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
             exit_with_error("out of GPU memory: for training halve --micro_batch_size, else lower --num_samples")
         if "Timed out waiting" not in str(error):  # the message of gloo; NCCL ends the process by itself
             raise
-        exit_with_error(
-            "another process hangs or is too slow: see --timeout_minutes; run the same command again to resume"
-        )
+        fix = "see --timeout_minutes; run the same command again to resume"
+        exit_with_error(f"another process hangs or is too slow: {fix}", code=1)
     except OSError as error:  # disk full, no permission, read-only file system
         if error.errno is None:
             raise

@@ -63,7 +63,7 @@ def val_batches(
     rows = np.arange(rank, n_rows, world_size)
     for start in range(0, math.ceil(n_rows / world_size), micro_batch_size):
         micro = rows[start : start + micro_batch_size]
-        batch = data.batch("val", np.resize(micro, micro_batch_size))  # np.resize repeats; no rows become row 0
+        batch = data.batch("val", np.resize(micro, micro_batch_size))  # repeats rows; without rows, row 0
         batch.targets[len(micro) :] = IGNORE_INDEX
         yield batch
 

@@ -1,8 +1,7 @@
-"""The processes of a training run: ranks, device, precision, communication; the model compiled, for DDP, or sharded."""
+"""Processes of a training run: ranks, device, precision, communication; compilation, DDP and sharding."""
 
 import contextlib
 import ctypes
-import functools
 import gc
 import os
 import resource
@@ -68,7 +67,8 @@ class Processes:
     def map(self, function: Callable[[Any], Any], items: Sequence) -> list:
         """Apply a function to every item, each process to its share. All processes return all results, in order.
 
-        All call the function equally often, as a sharded model requires. So some repeat the last item.
+        Every process makes the same number of calls, because the forward pass of a sharded model is a collective
+        operation. A process with fewer items repeats the last one.
         """
         indices = range(self.rank, len(items) + -len(items) % self.world_size, self.world_size)
         shares = self.all_gather([function(items[min(i, len(items) - 1)]) for i in indices])
@@ -295,7 +295,7 @@ def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
     if compile:
         compile_blocks(model)
     wrapped: nn.Module = model
-    if procs.world_size > 1 and not is_sharded(model.wte.weight):
+    if procs.world_size > 1 and not is_sharded_model(model):
         device_ids = [procs.device.index] if procs.device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
     gc.collect()
@@ -304,35 +304,42 @@ def parallelize(model: GPT, procs: Processes, compile: bool) -> nn.Module:
 
 
 def compile_blocks(model: GPT) -> None:
-    """Compile the blocks and the loss of a model in place, for training and validation.
+    """Compile the blocks and the loss of a model in place, which must not be copied afterwards.
 
-    All blocks share one compilation, so the first step takes less than half the time of a model that is compiled whole.
-    Only `forward` is compiled: the hooks of a sharded block run around it.
+    All blocks share one compiled graph, which more than halves the compile time. Only `forward` is compiled: the hooks
+    of a sharded block run around it.
     """
-    if is_compiled(model):  # by the search of the micro-batch size
+    if "loss" in vars(model):  # compiled by the search of the micro-batch size
         return
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 products are exact by choice
     options = {"fullgraph": True, "dynamic": False}
     torch._dynamo.config.recompile_limit = 32  # shapes, also those of the micro-batch search; the default is 8
     for block in model.h:
-        compiled = torch.compile(block.forward, **options)
-        block.forward = functools.partial(forward_block, block.forward, compiled, model.config.block_size)
+        block.forward = torch.compile(block.forward, **options)
     model.loss = torch.compile(model.loss, **options)
 
 
-def forward_block(eager: Callable, compiled: Callable, block_size: int, x: Tensor, *args: Any) -> Tensor:
-    """Call the compiled function for rows of the whole context. Generation and HellaSwag have too many shapes."""
-    return (compiled if x.size(1) == block_size else eager)(x, *args)
+@contextlib.contextmanager
+def eager_model(model: GPT) -> Iterator[None]:
+    """Let `hidden` and `logits` of a training model be called inside a `with` block, for generation and HellaSwag.
 
-
-def is_compiled(model: GPT) -> bool:
-    return "loss" in vars(model)
+    Their many shapes are not compiled. The embeddings and `ln_f` of a sharded model are gathered.
+    """
+    compiled = {block: vars(block).pop("forward") for block in model.h if "forward" in vars(block)}
+    if is_sharded_model(model):
+        model.unshard()
+    yield
+    if is_sharded_model(model):
+        model.reshard()
+    for block, forward in compiled.items():
+        block.forward = forward
 
 
 def shard(model: GPT, procs: Processes) -> None:
     """Shard weights, gradients and optimiser state by rows over the processes, in place (ZeRO stage 3, by FSDP2).
 
-    The parameters become `DTensor`s. Blocks gather their weights when they are called. A single process keeps them all.
+    The parameters become `DTensor`s. Each block gathers its weights for its forward and backward pass. With one
+    process, this does nothing.
     """
     if procs.world_size == 1:
         return
@@ -341,6 +348,10 @@ def shard(model: GPT, procs: Processes) -> None:
     mesh = dist.device_mesh.init_device_mesh(procs.device.type, (procs.world_size,))
     for module in (*model.h, model):
         fully_shard(module, mesh=mesh)
+
+
+def is_sharded_model(model: GPT) -> bool:
+    return hasattr(model, "unshard")  # a method of FSDPModule
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -361,14 +372,3 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-
-
-@contextlib.contextmanager
-def gathered_embeddings(model: GPT) -> Iterator[None]:
-    """Let methods of a sharded model other than `forward`, such as `hidden`, be called inside a `with` block."""
-    sharded = is_sharded(model.wte.weight)
-    if sharded:
-        model.unshard()
-    yield
-    if sharded:
-        model.reshard()

@@ -227,10 +227,12 @@ def choose_row_kernel(model: GPT) -> LinearKernel:
     times: dict[LinearKernel, list[float]] = {F.linear: [], linear_addmv: []}
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(84 // len(layers)):  # 0.2 s for GPT-2 124M
-        for kernel in times:
-            times[kernel] += cpu_times(kernel, layers)
-    torch.set_num_threads(n_threads)
+    try:
+        for _ in range(84 // len(layers)):  # 0.2 s for GPT-2 124M
+            for kernel in times:
+                times[kernel] += cpu_times(kernel, layers)
+    finally:
+        torch.set_num_threads(n_threads)
     linear, addmv = map(statistics.median, times.values())
     return linear_addmv if addmv < 0.9 * linear else F.linear
 

@@ -85,7 +85,7 @@ class Muon(torch.optim.AdamW):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            gradient, momentum = torch.where(applied > 0, own_rows(p.grad), 0), own_rows(state["momentum"])
+            gradient, momentum = torch.where(applied > 0, local_rows(p.grad), 0), local_rows(state["momentum"])
             p.grad = None
             momentum.lerp_(gradient, (1 - MOMENTUM) * applied)
             directions.append(gradient.lerp(momentum, MOMENTUM))
@@ -97,12 +97,12 @@ class Muon(torch.optim.AdamW):
             updates = orthogonalize_distributed(stacked).view(-1, rows, columns)
         scale = UPDATE_RMS * math.sqrt(max(rows // n_splits, columns))
         for p, update in zip(matrices, updates, strict=True):
-            own_rows(p).mul_(1 - lr * weight_decay * applied)
-            own_rows(p).add_(update * (applied * -lr * scale))
+            local_rows(p).mul_(1 - lr * weight_decay * applied)
+            local_rows(p).add_(update * (applied * -lr * scale))
 
 
-def own_rows(tensor: Tensor) -> Tensor:
-    """Return the rows of a tensor that this process holds: all, or with sharding a part of them."""
+def local_rows(tensor: Tensor) -> Tensor:
+    """Return this process's rows of a sharded tensor; other tensors are returned unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -133,7 +133,7 @@ def orthogonalize_sharded(parts: Tensor, rows: int, n_splits: int) -> Tensor:
         rows: the rows of a whole matrix, which is `n_splits` matrices, stacked.
     """
     world_size, (n, _, columns) = dist.get_world_size(), parts.shape
-    share, part = math.ceil(n / world_size), math.ceil(rows / world_size)  # the most that a process holds
+    share, part = math.ceil(n / world_size), math.ceil(rows / world_size)  # matrices and rows per process, at most
     padded = F.pad(parts, (0, 0, 0, part - parts.size(1), 0, share * world_size - n))
     received = all_to_all(padded.view(world_size, share, part, columns)).transpose(0, 1)
     whole = received.reshape(share, -1, columns)[:, :rows]

@@ -195,7 +195,7 @@ class Run:
         self, step: int, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, metrics: dict
     ) -> None:
         """Write the checkpoint of a step, then prune old ones."""
-        weights = checkpoint.gather(model.state_dict(), self.procs)
+        weights = checkpoint.gather(model.state_dict(), self.procs)  # first: it makes the parameters sharded again
         train_state = checkpoint.gather(checkpoint.optimizer_state_dict(model, optimizer), self.procs)
         if self.procs.is_main:
             meta = {

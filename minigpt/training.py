@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from minigpt.cli import UserError, check_range, plural, resumable
 from minigpt.dataset import Batch, Dataset
-from minigpt.distributed import Processes, can_compile, compile_blocks, full_tensor, is_sharded
+from minigpt.distributed import Processes, can_compile, compile_blocks, full_tensor, is_sharded_model
 from minigpt.metrics import check_report_to
 from minigpt.optim import Schedule
 from model import GPT, IGNORE_INDEX, eval_mode
@@ -68,7 +68,7 @@ class TrainConfig:
     max_minutes: float | None = resumable(None)
     """Save and stop this long after the start of torchrun or the script; run the same command again to resume."""
     timeout_minutes: float = resumable(30.0)
-    """End the run if a process waits this long for another one; saving a checkpoint must take less."""
+    """Timeout of collective operations: end the run if a process waits this long. Saving must take less."""
     device: str | None = resumable(None)
     """cuda, mps or cpu; default: the best available."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = resumable(None)
@@ -142,7 +142,7 @@ def train_step(
     loss_sum = torch.zeros((), device=procs.device)
     for i, batch in enumerate(batches):
         seed_dropout(*seed_and_step, i * procs.world_size + procs.rank)
-        # DDP sums the gradients of all processes with the last micro-batch only; a sharded model with each.
+        # DDP all-reduces gradients after the last micro-batch only. FSDP reduce-scatters them after each.
         skip_sync = hasattr(model, "no_sync") and i < len(batches) - 1
         with model.no_sync() if skip_sync else contextlib.nullcontext():
             with procs.autocast():
@@ -230,6 +230,8 @@ def choose_micro_batch_size(
     batch_size, saved = config.batch_tokens // data.block_size, saved_flags.get("micro_batch_size")
     if config.micro_batch_size:
         return config.micro_batch_size
+    if any(saved_flags.get(name) != getattr(config, name) for name in ("activation_checkpointing", "shard")):
+        saved = None  # another size fits
     if saved and batch_size % (saved * procs.world_size) == 0:
         return saved
     sizes = [2**i for i in range(12) if batch_size // procs.world_size % 2**i == 0]
@@ -248,14 +250,15 @@ def find_max_micro_batch_size(
     """
     # The first step of AdamW allocates two values per weight, Muon one. DDP copies the gradients to communicate them
     # unless there is one micro-batch.
-    sharded = is_sharded(model.wte.weight)
+    sharded = is_sharded_model(model)
     n_copies = 2 * (not optimizer.state) + (procs.world_size > 1 and not sharded)
     n_weights = model.config.num_parameters // (procs.world_size if sharded else 1)
     reserved = torch.empty(n_copies, n_weights, device=procs.device)
     fits = functools.partial(fits_in_memory, model, data=data, procs=procs)
-    if sharded:  # a process that runs out of memory alone would leave the others waiting for it
-        one, two = (max(procs.all_gather(measure_memory(model, size, data, procs))) for size in (1, 2))
-        n_fitting = sum(1 for size in sizes if one + (size - 1) * (two - one) < MEMORY_LIMIT)
+    if sharded:
+        if compile:
+            compile_blocks(model)
+        n_fitting = count_sharded_sizes(model, data, sizes, procs)
     else:
         n_fitting = sum(1 for _ in itertools.takewhile(fits, sizes))
         if compile and n_fitting:
@@ -268,7 +271,10 @@ def find_max_micro_batch_size(
     torch.accelerator.empty_cache()
     procs.peak_memory()  # resets the peak
     if n_fitting == 0:
-        raise UserError("not even one row fits in the GPU's memory: choose a smaller model")
+        raise UserError(
+            "not even one row fits in the GPU's memory: use --activation_checkpointing, --shard on several GPUs, or a"
+            " smaller model"
+        )
     return sizes[n_fitting - 1]
 
 
@@ -282,9 +288,25 @@ def fits_in_memory(model: GPT, size: int, data: Dataset, procs: Processes) -> bo
     return not procs.all_reduce(torch.tensor(int(not fits), device=procs.device))
 
 
+def count_sharded_sizes(model: GPT, data: Dataset, sizes: Sequence[int], procs: Processes) -> int:
+    """Return how many of the sizes, each twice the previous one, fit in the memory of all processes.
+
+    A size is tried only if it fits by linear growth: a process that runs out of memory alone would leave the others
+    waiting for it.
+    """
+    used: list[float] = []
+    for size in sizes:
+        growth = 2 * (used[-1] - used[-2]) if len(used) > 1 else sum(used)
+        if sum(used[-1:]) + growth >= MEMORY_LIMIT:
+            break
+        used.append(max(procs.all_gather(measure_memory(model, size, data, procs))))
+    return sum(1 for fraction in used if fraction < MEMORY_LIMIT)
+
+
 def measure_memory(model: GPT, size: int, data: Dataset, procs: Processes) -> float:
     """Return the peak memory use of a micro-batch of `size` rows, as a fraction of this process's memory."""
     torch.accelerator.empty_cache()  # memory cached for another size cannot be reused
+    procs.peak_memory()  # resets the peak
     batch = data.batch("train", np.resize(np.arange(data.n_rows["train"]), size)).to(procs.device)
     with procs.autocast():
         loss = model(batch.tokens, batch.targets, batch.positions)
@@ -301,6 +323,7 @@ def print_model_and_batch(config: TrainConfig, name: str, model: GPT, procs: Pro
     print(
         f"model      {name}: {model.config.num_parameters:,} parameters, context {block_size}, {precision} on"
         f" {procs.device.type}{', compiled' if config.compile else ''}"
+        f"{', sharded' if is_sharded_model(model) else ''}"
     )
     print(
         f"batch      {config.batch_tokens:,} tokens per step = {config.micro_batch_size} rows x {block_size} tokens x"

@@ -52,8 +52,13 @@ class ForkedProcess:
         return self.process.exitcode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the process; return what it wrote to stdout and stderr."""
-        self.wait(timeout)
+        """Wait for the process; return what it wrote to stdout and stderr. A process that hangs prints its stack."""
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            os.kill(self.pid, signal.SIGABRT)  # the scripts enable faulthandler
+            self.process.join(10)
+            raise TimeoutError(f"{error}\n{self.stderr.read_text()}") from None
         return self.stdout.read_text(), self.stderr.read_text()
 
     def first_line(self) -> str:

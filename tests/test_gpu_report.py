@@ -87,7 +87,8 @@ def test_out_of_memory_is_not_a_failure(report, monkeypatch):
 
     monkeypatch.setattr(gpu_report.Phase, "run_script", run_script)
     code, text = report("numerics")
-    assert code == 0 and "| numerics | 64 rows per forward pass | out of memory |" in text
+    assert code == 1 and "| numerics | 64 rows per forward pass | out of memory |" in text
+    assert "| numerics | 32 rows fit in memory | **failed** |" in text
 
 
 def test_errors_come_before_the_work(fails, chat_data):

@@ -18,13 +18,14 @@ import torch
 from conftest import ROOT
 from screenshot import free_port
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import pretrain
 from minigpt import distributed, optim, training
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
-from minigpt.distributed import Processes, find_device, find_dtype, init_processes, parallelize
+from minigpt.distributed import Processes, eager_model, find_device, find_dtype, init_processes, parallelize
 from minigpt.optim import Schedule, build_optimizer, orthogonalize, orthogonalize_distributed
 from minigpt.training import (
     build_scaler,
@@ -330,15 +331,24 @@ def test_autocast_changes_the_precision_of_products_only():
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_every_shape_is_compiled_as_one_graph(monkeypatch):
+def test_training_shapes_are_compiled_and_others_are_not(monkeypatch):
     """The last batch of a validation is smaller, and a second shape must not break the graph."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     model = small_model()
     trained = parallelize(copy.deepcopy(model), ALONE, compile=True)
-    for rows, length in ((4, 16), (3, 16), (3, 5), (1, 1)):
-        batch = Batch(*torch.randint(50, (2, rows, length)))
+    for rows in (4, 3):
+        batch = Batch(*torch.randint(50, (2, rows, 16)))
         losses = [forward(batch.tokens, batch.targets).item() for forward in (trained, model)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    n_compiled = counter.frame_count
+    assert n_compiled == 4  # blocks and loss, for each shape
+    with eager_model(trained):
+        for rows, length in ((3, 16), (3, 5), (1, 1)):
+            tokens = torch.randint(50, (rows, length))
+            torch.testing.assert_close(trained.hidden(tokens), model.hidden(tokens))
+    trained(batch.tokens, batch.targets)
+    assert counter.frame_count == n_compiled and "forward" in vars(trained.h[0])
 
 
 SPLIT = """
@@ -347,7 +357,7 @@ from torch import nn
 sys.path.insert(0, {root!r})
 from minigpt.dataset import Batch
 from minigpt.distributed import full_tensor, init_processes, parallelize, shard
-from minigpt.optim import build_optimizer, own_rows
+from minigpt.optim import build_optimizer, local_rows
 from minigpt.training import build_scaler, train_step
 from model import GPT, GPTConfig
 
@@ -368,7 +378,7 @@ trained = parallelize(model, procs, compile="compile" in flags and procs.world_s
 
 def on_micro_batch(done, total):
     if step == 2 and (procs.is_main or "shard" not in flags):  # with sharding, in the rows of one process
-        own_rows(model.wte.weight.grad)[0, 0] = torch.inf
+        local_rows(model.wte.weight.grad)[0, 0] = torch.inf
 
 
 for step in range(4):
@@ -419,6 +429,8 @@ def choose_size(
 ):
     data = SimpleNamespace(block_size=block_size)
     config = SimpleNamespace(micro_batch_size=micro_batch_size, batch_tokens=rows * block_size)
+    config.shard, config.activation_checkpointing = False, False
+    saved_flags = saved_flags and {"shard": False, "activation_checkpointing": False} | saved_flags
     return choose_micro_batch_size(config, saved_flags, None, data, None, procs)
 
 
@@ -426,6 +438,7 @@ def test_the_size_of_a_micro_batch():
     """The flag; else the saved size, if it divides; else a power of two that divides, about 4,096 tokens."""
     assert choose_size(3, {"micro_batch_size": 8}) == 3
     assert choose_size(None, {"micro_batch_size": 6}) == 6
+    assert choose_size(None, {"micro_batch_size": 6, "shard": True}) == 4  # another size may fit
     assert choose_size(None, {"micro_batch_size": 7}) == choose_size(None, {}) == 4
     assert choose_size(None, {}, procs=replace(ALONE, world_size=12)) == 2
     assert choose_size(None, {}, rows=64, block_size=64) == 64
@@ -493,18 +506,23 @@ def test_the_search_reserves_memory_for_optimizer_and_ddp(monkeypatch, world_siz
     monkeypatch.setattr(Processes, "peak_memory", lambda self: 0)
     monkeypatch.setattr(Processes, "all_reduce", lambda self, tensor: tensor)
     monkeypatch.setattr(Processes, "all_gather", lambda self, value: [value])
-    monkeypatch.setattr(training, "is_sharded", lambda tensor: sharded)
+    monkeypatch.setattr(training, "is_sharded_model", lambda model: sharded)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     find_max_micro_batch_size(model, data, optimizer, [1, 2], replace(ALONE, world_size=world_size))
     assert reserved[0] == (copies, model.config.num_parameters // (world_size if sharded else 1))
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(0.01, 16), (0.1, 8), (0.9, 1), (1.0, None)])
-def test_the_largest_size_of_a_sharded_model_is_predicted(monkeypatch, rows, expected):
-    """Sizes above 2 are not tried: a process that runs out of memory alone would leave the others waiting."""
+@pytest.mark.parametrize(
+    ("fixed", "per_row", "expected", "tried"),
+    [(0.1, 0.01, 16, [1, 2, 4, 8, 16]), (0.1, 0.1, 8, [1, 2, 4, 8]), (0.5, 0.1, 1, [1]), (0.9, 0.1, None, [1])],
+)
+def test_the_sizes_of_a_sharded_model_are_tried_if_they_fit(monkeypatch, fixed, per_row, expected, tried):
+    """A process that runs out of memory alone would leave the others waiting for it."""
     sizes = []
-    monkeypatch.setattr(training, "measure_memory", lambda model, size, *args: sizes.append(size) or rows * size)
-    monkeypatch.setattr(training, "is_sharded", lambda tensor: True)
+    monkeypatch.setattr(
+        training, "measure_memory", lambda model, size, *args: sizes.append(size) or fixed + per_row * size
+    )
+    monkeypatch.setattr(training, "is_sharded_model", lambda model: True)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     model = small_model()
     search = functools.partial(find_max_micro_batch_size, model, None, build_optimizer(model, 1e-3, 0.1))
@@ -513,7 +531,7 @@ def test_the_largest_size_of_a_sharded_model_is_predicted(monkeypatch, rows, exp
             search([1, 2, 4, 8, 16], ALONE)
     else:
         assert search([1, 2, 4, 8, 16], ALONE) == expected
-    assert sizes == [1, 2]
+    assert sizes == tried
 
 
 def test_deterministic_reaches_inductor():
