@@ -230,7 +230,7 @@ def choose_micro_batch_size(
     batch_size, saved = config.batch_tokens // data.block_size, saved_flags.get("micro_batch_size")
     if config.micro_batch_size:
         return config.micro_batch_size
-    if any(saved_flags.get(name) != getattr(config, name) for name in ("activation_checkpointing", "shard")):
+    if any(saved_flags.get(name, False) != getattr(config, name) for name in ("activation_checkpointing", "shard")):
         saved = None  # another size fits
     if saved and batch_size % (saved * procs.world_size) == 0:
         return saved
@@ -245,7 +245,8 @@ def find_max_micro_batch_size(
 ) -> int:
     """Return the largest of increasing sizes whose forward and backward pass fits in every process's GPU memory.
 
-    With `compile`, only the sizes around the largest that fits uncompiled are compiled, which takes a while for each.
+    With `compile`, only the sizes around the largest that fits uncompiled are compiled, which takes a while for each. A
+    sharded model is compiled first, see `count_sharded_sizes`.
     Weights and gradients stay unchanged. Raises `UserError` if no size fits.
     """
     # The first step of AdamW allocates two values per weight, Muon one. DDP copies the gradients to communicate them
@@ -254,12 +255,12 @@ def find_max_micro_batch_size(
     n_copies = 2 * (not optimizer.state) + (procs.world_size > 1 and not sharded)
     n_weights = model.config.num_parameters // (procs.world_size if sharded else 1)
     reserved = torch.empty(n_copies, n_weights, device=procs.device)
-    fits = functools.partial(fits_in_memory, model, data=data, procs=procs)
     if sharded:
         if compile:
             compile_blocks(model)
         n_fitting = count_sharded_sizes(model, data, sizes, procs)
     else:
+        fits = functools.partial(fits_in_memory, model, data=data, procs=procs)
         n_fitting = sum(1 for _ in itertools.takewhile(fits, sizes))
         if compile and n_fitting:
             compile_blocks(model)

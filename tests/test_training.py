@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import pretrain
 from minigpt import distributed, optim, training
 from minigpt.cli import UserError
-from minigpt.dataset import Batch
+from minigpt.dataset import Batch, TokenDataset, val_batches
 from minigpt.distributed import Processes, eager_model, find_device, find_dtype, init_processes, parallelize
 from minigpt.optim import Schedule, build_optimizer, orthogonalize, orthogonalize_distributed
 from minigpt.training import (
@@ -421,6 +421,20 @@ def test_sharded_equals_one_process(run_script, tmp_path, optimizer, dtype, flag
     assert one[1][2] == one[2][2] != one[3][2]  # weights after the second, the skipped and the last step
 
 
+def test_all_processes_run_the_model_equally_often(text_data, monkeypatch):
+    """The forward pass of a sharded model is a collective operation. Five rows or items on four processes."""
+    data, n_rows = TokenDataset(text_data, 64), 0
+    for rank in range(4):
+        batches = list(val_batches(data, 5, 1, rank, 4))
+        assert len(batches) == 2
+        n_rows += sum(int((batch.targets != IGNORE_INDEX).any()) for batch in batches)
+        calls = []
+        monkeypatch.setattr(Processes, "all_gather", lambda self, value: [value] * 4)
+        replace(ALONE, rank=rank, world_size=4).map(calls.append, range(5))
+        assert calls == [rank, min(4 + rank, 4)]
+    assert n_rows == 5
+
+
 # ---- the size of a micro-batch -------------------------------------------------------------------------------------
 
 
@@ -430,7 +444,6 @@ def choose_size(
     data = SimpleNamespace(block_size=block_size)
     config = SimpleNamespace(micro_batch_size=micro_batch_size, batch_tokens=rows * block_size)
     config.shard, config.activation_checkpointing = False, False
-    saved_flags = saved_flags and {"shard": False, "activation_checkpointing": False} | saved_flags
     return choose_micro_batch_size(config, saved_flags, None, data, None, procs)
 
 
