@@ -108,6 +108,7 @@ def main(config: Config) -> None:
     logger.close()
     if step < steps:
         run.save_and_exit(step, model, optimizer, scaler)
+    run.finish_saving()
     if procs.is_main:
         print(f"done: {step:,} steps; best checkpoint {find_best(run.folder)}")
         print(f"next: python {cli.script_path('generate.py')} --checkpoint {shlex.quote(str(run.folder))} --chat")

@@ -145,14 +145,17 @@ def optimizer_state_dict(model: GPT, optimizer: torch.optim.Optimizer) -> dict[s
     return {f"{key}.{names[p]}": tensor for p, state in optimizer.state.items() for key, tensor in state.items()}
 
 
-def gather(tensors: dict[str, Tensor], procs: Processes) -> dict[str, Tensor]:
-    """Gather sharded tensors on the main process; return {} on the others. All processes must call this."""
-    gathered = {}
+def copy_to_main(tensors: dict[str, Tensor], procs: Processes) -> dict[str, Tensor]:
+    """Return copies of tensors, which may be sharded, in the main process's CPU memory; return {} on the others.
+
+    All processes must call this.
+    """
+    copies = {}
     for name, tensor in tensors.items():
-        whole = full_tensor(tensor)
+        whole = full_tensor(tensor)  # one at a time in the GPU's memory
         if procs.is_main:
-            gathered[name] = whole if whole is tensor else whole.cpu()  # one at a time in the GPU's memory
-    return gathered
+            copies[name] = whole.to("cpu", copy=True)
+    return copies
 
 
 def checkpoint_bytes(model: GPT, optimizer: torch.optim.Optimizer) -> int:

@@ -8,11 +8,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minigpt import checkpoint, runs
 from minigpt.cli import UserError
@@ -80,6 +82,9 @@ class Run:
             self._check_identity(meta)
             self.saved_flags, self.history = meta["config"], meta["history"]
         self.schedule.check()
+        self.saved_step = 0
+        self.writer = ThreadPoolExecutor(max_workers=1)
+        self.saving: Future[None] = self.writer.submit(lambda: None)
 
     def _lock_and_find_newest(self, verified: Path | None) -> Path | None:
         """Lock the folder and return its newest checkpoint, without comparing the checksums of `verified` again."""
@@ -170,7 +175,7 @@ class Run:
             checkpoint.load_weights(self.newest_checkpoint, meta, model)
             checkpoint.load_optimizer_state_dict(self.newest_checkpoint, meta, model, optimizer, verified=True)
             self._resume_scaler(scaler, meta.get("grad_scaler"))
-            step = meta["step"]
+            step = self.saved_step = meta["step"]
         if self.procs.is_main:
             if self.newest_checkpoint is not None:
                 checkpoint.set_aside(self.folder, self.newest_checkpoint)
@@ -194,9 +199,14 @@ class Run:
     def save(
         self, step: int, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, metrics: dict
     ) -> None:
-        """Write the checkpoint of a step, then prune old ones."""
-        weights = checkpoint.gather(model.state_dict(), self.procs)  # first: it makes the parameters sharded again
-        train_state = checkpoint.gather(checkpoint.optimizer_state_dict(model, optimizer), self.procs)
+        """Copy the weights and optimiser state, and write the step's checkpoint in the background.
+
+        The previous checkpoint is completed first. Raises `UserError` if it could not be written.
+        """
+        self.finish_saving()
+        self.saved_step = step
+        weights = checkpoint.copy_to_main(model.state_dict(), self.procs)  # first: it reshards the parameters
+        train_state = checkpoint.copy_to_main(checkpoint.optimizer_state_dict(model, optimizer), self.procs)
         if self.procs.is_main:
             meta = {
                 "step": step,
@@ -208,10 +218,17 @@ class Run:
                 "source": self.source,
                 "history": self.history,
             }
-            folder = self.folder / f"step_{step:06d}"
-            checkpoint.save(folder, model.config, weights, self.tokenizer, train_state, meta)
-            self._prune()
-        self.procs.barrier()
+            self.saving = self.writer.submit(self._write, model.config, weights, train_state, meta)
+
+    def _write(self, config: GPTConfig, weights: dict[str, Tensor], train_state: dict[str, Tensor], meta: dict) -> None:
+        """Write a checkpoint, then prune old ones."""
+        folder = self.folder / f"step_{meta['step']:06d}"
+        checkpoint.save(folder, config, weights, self.tokenizer, train_state, meta)
+        self._prune()
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is written. Raises `UserError` if it could not be."""
+        self.saving.result()
 
     def _prune(self) -> None:
         """Delete old checkpoints, except the last one before the decay, from which a longer run can continue."""
@@ -219,7 +236,12 @@ class Run:
         checkpoint.prune(self.folder, self.config.keep, protected={before_decay})
 
     def stop_requested(self) -> bool:
-        """Return whether any process received a signal or reached --max_minutes; then all stop after the same step."""
+        """Return whether any process received a signal or reached --max_minutes; then all stop after the same step.
+
+        Raises `UserError` if the last checkpoint could not be written.
+        """
+        if self.saving.done():
+            self.finish_saving()
         limit = self.config.max_minutes
         if limit is not None and time.monotonic() - self.started > 60 * limit:
             self.stop_reason = self.stop_reason or f"--max_minutes {limit:g}"
@@ -242,8 +264,9 @@ class Run:
 
         The exit code is 75, but 0 if torchrun would take 75 for a failure and start the run again.
         """
-        if step > 0 and not (self.folder / f"step_{step:06d}").exists():
+        if step > self.saved_step:
             self.save(step, model, optimizer, scaler, {})
+        self.finish_saving()
         if self.procs.is_main:
             reason = self.stop_reason or "a signal to another process"
             write_file(self.folder / STOPPED_FILE, f"{reason} after step {step}\n")
