@@ -9,7 +9,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from minigpt.cli import UserError
 from minigpt.shards import SPLITS, open_arrays, read_meta
 from minigpt.tokenizer import load_tokenizer
 from model import IGNORE_INDEX
+
+N_READERS = 16  # threads that read rows of text: on network storage, each row waits for the network
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ class TokenDataset(Dataset):
         for array in [array for split in SPLITS for array in self.arrays[split]]:
             if array.dtype != np.uint16:
                 raise UserError(f"{folder} holds arrays of {array.dtype}, expected uint16")
+        self.readers = ThreadPoolExecutor(N_READERS)
         self.starts = {split: np.cumsum([0, *map(len, self.arrays[split])]) for split in SPLITS}  # of each shard
         for split in SPLITS:
             n_tokens = int(self.starts[split][-1])
@@ -172,10 +177,15 @@ class TokenDataset(Dataset):
                 )
 
     def batch(self, split: str, rows: Sequence[int]) -> Batch:
-        T = self.block_size
-        windows = torch.from_numpy(np.stack([self.window(split, int(row) * T, T + 1) for row in rows]))  # (B, T + 1)
+        shares = np.array_split(rows, min(len(rows), N_READERS))
+        windows = torch.from_numpy(np.concatenate([*self.readers.map(partial(self.windows, split), shares)]))
         self.check_tokens(int(windows.max()), self.tokenizer.vocab_size)
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+    def windows(self, split: str, rows: Sequence[int]) -> np.ndarray:
+        """Return the tokens of rows and the next token of each, (B, T + 1)."""
+        T = self.block_size
+        return np.stack([self.window(split, int(row) * T, T + 1) for row in rows])
 
     def window(self, split: str, start: int, length: int) -> np.ndarray:
         """Return tokens start ... start + length - 1 of a split, across shards."""

@@ -1,6 +1,7 @@
 """Which rows come when, and what a row holds: the fast paths against slow and obvious ones."""
 
 import json
+import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -209,6 +210,19 @@ def test_a_row_is_a_slice_of_the_corpus(tmp_path_factory, n, shard_tokens, block
             begin = row * block_size
             assert batch.tokens[i].tolist() == tokens[begin : begin + block_size].tolist()
             assert batch.targets[i].tolist() == tokens[begin + 1 : begin + 1 + block_size].tolist()
+
+
+def test_rows_are_read_at_once(text, monkeypatch):
+    """Else slow storage would delay each row: four readers wait for each other here."""
+    barrier, window = threading.Barrier(4), TokenDataset.window
+
+    def wait_and_read(*args: object) -> np.ndarray:
+        barrier.wait(timeout=30)
+        return window(*args)
+
+    expected = text.batch("train", [3, 0, 5, 1])
+    monkeypatch.setattr(TokenDataset, "window", wait_and_read)
+    assert torch.equal(text.batch("train", [3, 0, 5, 1]).tokens, expected.tokens)
 
 
 def test_a_split_too_short_for_one_row(tmp_path):
