@@ -2,6 +2,7 @@
 
 import json
 import threading
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_manifest
+from growth import write_sparse_dataset
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_shards import BARE_FORMATS, write_bin
@@ -210,6 +212,18 @@ def test_a_row_is_a_slice_of_the_corpus(tmp_path_factory, n, shard_tokens, block
             begin = row * block_size
             assert batch.tokens[i].tolist() == tokens[begin : begin + block_size].tolist()
             assert batch.targets[i].tolist() == tokens[begin + 1 : begin + 1 + block_size].tolist()
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path):
+    """`tests/growth.py` measures whole runs."""
+    n_files = write_sparse_dataset(tmp_path / "data", 10**11)
+    tracemalloc.start()
+    data = TokenDataset(tmp_path / "data", 1024)
+    (batch,) = train_batches(data, step=1000, seed=1, batch_size=8, micro_batch_size=8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_files == 1001 and data.n_rows["train"] == 97_656_249 and batch.tokens.shape == (8, 1024)
+    assert peak < 20e6, peak
 
 
 def test_rows_are_read_at_once(text, monkeypatch):
