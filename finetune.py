@@ -83,9 +83,10 @@ def main(config: Config) -> None:
         training.print_model_and_batch(config, initial.source, model, procs, batch_size)
         print(f"lr         {run.schedule}")
     sizes = (batch_size, micro_batch_size, procs.rank, procs.world_size)
-    batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, steps))
     bytes_per_token = data.count_val_bytes(data.n_rows["val"]) / data.meta["val"]["loss_tokens"]
     logger = MetricsLogger(run, model, step, steps, config.batch_tokens, bytes_per_token)
+    batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, steps))
+    batches = logger.stragglers.time_data(batches)
 
     def validation_loss() -> float:
         batches = val_batches(data, data.n_rows["val"], micro_batch_size, procs.rank, procs.world_size)

@@ -107,10 +107,11 @@ def main(config: Config) -> None:
         print_summary(config, data, model, batch_size, procs)
         print(f"lr         {run.schedule}")
     sizes = (batch_size, micro_batch_size, procs.rank, procs.world_size)
-    batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, config.steps))
     val_rows = min(data.n_rows["val"], max(1, config.val_tokens // block_size))
     bytes_per_token = data.count_val_bytes(val_rows) / (val_rows * block_size)
     logger = MetricsLogger(run, model, step, config.steps, config.batch_tokens, bytes_per_token)
+    batches = prefetch(train_batches(data, s, config.seed, *sizes) for s in range(step, config.steps))
+    batches = logger.stragglers.time_data(batches)
 
     def validation_loss() -> float:
         batches = val_batches(data, val_rows, micro_batch_size, procs.rank, procs.world_size)

@@ -23,6 +23,7 @@ from minigpt.distributed import Processes
 from minigpt.files import append_line, write_file
 from minigpt.run import Run
 from minigpt.runs import list_checkpoints, read_log
+from minigpt.stragglers import StragglerDetector
 from model import GPT
 
 # Peak of dense bf16 or float16 matrix products in FLOP/s, from the data sheets, by a part of the GPU's name.
@@ -59,7 +60,8 @@ class MetricsLogger:
     def __init__(self, run: Run, model: GPT, step: int, steps: int, batch_tokens: int, val_bytes_per_token: float):
         self.run, self.procs, self.batch_tokens = run, run.procs, batch_tokens
         self.val_bytes_per_token, self.on_cpu = val_bytes_per_token, self.procs.device.type == "cpu"
-        self.checked_duration = False
+        self.checked_duration = self.warned_of_straggler = False
+        self.stragglers = StragglerDetector(model, self.procs)
         self.skipped_steps = 0  # consecutive
         flops, source = peak_flops(self.procs)
         self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
@@ -88,7 +90,15 @@ class MetricsLogger:
             row["loss_scale"] = loss_scale
         if not finite:
             row |= {"loss": None, "grad_norm": None, "skipped": True}  # JSON has no NaN
-        self._write(step, row)
+        straggler = self.stragglers.check(step)
+        self._write(step, row | straggler)
+        if straggler and not self.warned_of_straggler:
+            self.warned_of_straggler = True
+            self.progress.print(
+                "warning: process {slowest_process} needs {slowest_s:.3g} s for data and forward pass, the fastest"
+                " process {fastest_s:.3g} s; see slowest_process in log.jsonl".format_map(straggler),
+                file=sys.stderr,
+            )
         speed = f"{tokens_per_s:,.0f} tok/s" + ("" if self.on_cpu else f"  MFU {mfu:.1%}")
         self.progress.update(1, f"loss {loss:.4f}  {speed}  lr {lr:.2e}  norm {grad_norm:.2f}")
         if finite:
