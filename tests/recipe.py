@@ -31,7 +31,7 @@ RESULTS = ROOT / "docs" / "recipe.jsonl"
 RUNS = ROOT / "runs" / "recipe"
 SIZES = {
     "1M": {"n_layer": 4, "n_head": 2, "n_embd": 128, "steps": 1000},
-    "3M": {"n_layer": 6, "n_head": 3, "n_embd": 192, "steps": 1500},
+    "3M": {"n_layer": 6, "n_head": 3, "n_embd": 192, "steps": 1000},
     "10M": {"n_layer": 8, "n_head": 5, "n_embd": 320, "steps": 1000},
 }
 SHARED = {"batch_tokens": 4096, "dtype": "bfloat16", "val_every": 50, "keep": 1}
@@ -97,13 +97,14 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
             changes = {"decay_fraction": decay_fraction} if decay_fraction != 0.5 else {}
             yield "1M", "muon", {"steps": 500, "lr": lr, "embedding_lr": 6.4e-2} | changes
     yield "1M", "adamw_wsd", {"lr": 4e-3, "embedding_lr": 1.6e-2, "decay_fraction": 0.8}
-    for lr in (4e-3, 2e-3):
+    for lr in (2e-3, 4e-3):
         yield "3M", "adamw_wsd", {"lr": lr, "embedding_lr": 1.6e-2}
     for lr in (1e-2, 5e-3):
-        yield "3M", "muon", {"lr": lr, "embedding_lr": 3.2e-2}
-    yield "3M", "reference", {"lr": 2e-3}
+        yield "3M", "muon", {"steps": 600, "lr": lr, "embedding_lr": 3.2e-2}
+    yield "3M", "muon", {"lr": 5e-3, "embedding_lr": 3.2e-2}
+    yield "3M", "reference", {"lr": 4e-3}
     yield "10M", "adamw_wsd", {"lr": 2e-3, "embedding_lr": 1.6e-2}
-    yield "10M", "muon", {"lr": 1e-2, "embedding_lr": 3.2e-2}
+    yield "10M", "muon", {"steps": 600, "lr": 5e-3, "embedding_lr": 3.2e-2}
     for changes in ({}, {"weight_decay": 0}):
         yield "1M", "muon", {"steps": 10_000, "embedding_lr": 3.2e-2} | changes
     yield "1M", "adamw_wsd", {"steps": 10_000, "lr": 4e-3, "embedding_lr": 1.6e-2}
@@ -113,8 +114,7 @@ def list_finetuning() -> Iterator[dict]:
     """Yield the flags that differ from the defaults in `list_jobs`."""
     for lr in (1e-3, 3e-3, 3e-4, 1e-2):
         yield {"lr": lr}
-    for lr in (1e-3, 3e-3):
-        yield {"optimizer": "muon", "lr": lr, "embedding_lr": 3e-3}
+    yield {"optimizer": "muon", "lr": 3e-3, "embedding_lr": 3e-3}
     yield {"lr": 3e-3, "schedule": "wsd", "decay_fraction": 1.0}
     yield {"lr": 3e-3, "dropout": 0.0}
     for epochs in (1, 4):
