@@ -118,9 +118,9 @@ def orthogonalize_distributed(matrices: Tensor) -> Tensor:
     own = matrices[rank * share : (rank + 1) * share]
     own = F.pad(own, (0, 0, 0, 0, 0, share - len(own)))  # all shares have the same size
     own = orthogonalize(own).contiguous()
-    gathered = own.new_empty(world_size * share, *own.shape[1:])
-    dist.all_gather_into_tensor(gathered, own)
-    return gathered[: len(matrices)].to(matrices.dtype)
+    shares = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(shares, own)
+    return torch.cat(shares)[: len(matrices)].to(matrices.dtype)
 
 
 def orthogonalize_sharded(parts: Tensor, rows: int, n_splits: int) -> Tensor:

@@ -133,7 +133,8 @@ def test_refuses_to_resume_on_other_data(fails, text_data, pretrained, tmp_path)
 def test_two_processes_equal_one(pretrained, text_data, tmp_path):
     """The same global batches, losses within float32 rounding; begun on two, gone on with on one, and the other way."""
     args = ("pretrain.py", "--data", text_data, *TRAIN, "--val_every", 4, "--save_every", 6)
-    start(*args, "--out", "./two", "--micro_batch_size", 4, cwd=tmp_path, processes=2)
+    done = start(*args, "--out", "./two", "--micro_batch_size", 4, cwd=tmp_path, processes=2)
+    assert "Warning" not in done.stderr, done.stderr  # such as that a function is deprecated
     one, two = read_log(pretrained), read_log(tmp_path / "two")
     for key in ("loss", "val_loss"):
         expected = [row[key] for row in one if key in row]
@@ -158,7 +159,8 @@ def test_a_sharded_run_equals_one_process(pretrained, text_data, tmp_path):
     examples = write_examples(tmp_path / "examples.jsonl")
     extras = ("--sample_every", 12, "--hellaswag_every", 12, "--hellaswag_files", examples, "--micro_batch_size", 4)
     args = ("pretrain.py", "--data", text_data, *TRAIN, "--val_every", 4, "--save_every", 6, *extras)
-    start(*args, "--out", "./sharded", "--shard", cwd=tmp_path, processes=2)
+    done = start(*args, "--out", "./sharded", "--shard", cwd=tmp_path, processes=2)
+    assert "Warning" not in done.stderr, done.stderr
     start(*args, "--out", "./whole", cwd=tmp_path)
     sharded, whole = read_log(tmp_path / "sharded"), read_log(tmp_path / "whole")
     for key in ("loss", "val_loss", "grad_norm", "hellaswag", "samples"):
