@@ -41,12 +41,13 @@ import tyro
 from minigpt import cli
 from minigpt.cli import UserError
 from minigpt.dataset import Batch
-from minigpt.distributed import Processes, find_device, find_dtype, parallelize, tune_malloc
+from minigpt.distributed import Processes, find_device, find_dtype, tune_malloc
 from minigpt.files import write_file
 from minigpt.hf import config_to_hf
 from minigpt.inference import generate_tokens, optimize_for_inference
 from minigpt.metrics import min_seconds, peak_flops
 from minigpt.optim import build_optimizer
+from minigpt.parallel import parallelize
 from minigpt.prefetch import prefetch
 from minigpt.sampling import SamplingParams
 from minigpt.shards import ShardWriter

@@ -23,9 +23,10 @@ import torch
 from minigpt import cli, training
 from minigpt.cli import UserError, resumable
 from minigpt.dataset import ChatDataset, train_batches, val_batches
-from minigpt.distributed import init_processes, parallelize, shard
+from minigpt.distributed import init_processes
 from minigpt.metrics import MetricsLogger
 from minigpt.optim import build_optimizer
+from minigpt.parallel import parallelize, shard
 from minigpt.prefetch import prefetch
 from minigpt.pretrained import PretrainedModel, load_pretrained
 from minigpt.run import Run

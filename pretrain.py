@@ -30,11 +30,12 @@ from minigpt import cli, training
 from minigpt.checkpoint import checkpoint_bytes
 from minigpt.cli import UserError, resumable
 from minigpt.dataset import TokenDataset, train_batches, val_batches
-from minigpt.distributed import Processes, eager_model, init_processes, parallelize, shard
+from minigpt.distributed import Processes, init_processes
 from minigpt.hellaswag import evaluate_hellaswag, load_examples
 from minigpt.inference import generate_tokens, make_generator
 from minigpt.metrics import MetricsLogger, peak_flops
 from minigpt.optim import build_optimizer
+from minigpt.parallel import eager_model, parallelize, shard
 from minigpt.prefetch import prefetch
 from minigpt.run import Run
 from minigpt.runs import find_best, list_checkpoints

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minigpt.cli import UserError
-from minigpt.distributed import Processes, full_tensor, shard_like
+from minigpt.distributed import Processes
 from minigpt.files import atomic_rename, fsync, sha256, write_manifest
+from minigpt.parallel import full_tensor, shard_like
 from minigpt.runs import FORMAT_VERSION, find_best, list_checkpoints, list_steps, verify_file
 from minigpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.cli import UserError
-from minigpt.distributed import is_sharded
+from minigpt.parallel import is_sharded
 from model import GPT
 
 MOMENTUM = 0.95

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from minigpt.cli import UserError, check_range, plural, resumable
 from minigpt.dataset import Batch, Dataset
-from minigpt.distributed import Processes, can_compile, compile_blocks, full_tensor, is_sharded_model
+from minigpt.distributed import Processes, can_compile
 from minigpt.metrics import check_report_to
 from minigpt.optim import Schedule
+from minigpt.parallel import compile_blocks, full_tensor, is_sharded_model
 from model import GPT, IGNORE_INDEX, eval_mode
 
 MEMORY_LIMIT = 0.92  # fraction of a GPU's memory that the micro-batch search uses

@@ -25,8 +25,9 @@ import pretrain
 from minigpt import distributed, optim, training
 from minigpt.cli import UserError
 from minigpt.dataset import Batch, TokenDataset, val_batches
-from minigpt.distributed import Processes, eager_model, find_device, find_dtype, init_processes, parallelize
+from minigpt.distributed import Processes, find_device, find_dtype, init_processes
 from minigpt.optim import Schedule, build_optimizer, orthogonalize, orthogonalize_distributed
+from minigpt.parallel import eager_model, parallelize
 from minigpt.training import (
     build_scaler,
     build_schedule,
@@ -212,13 +213,14 @@ def test_processes_share_the_orthogonalization(monkeypatch, world_size, n_matric
     matrices = torch.randn(n_matrices, 8, 16, generator=torch.Generator().manual_seed(0))
     expected, shares = orthogonalize(matrices), []
 
-    def all_gather(gathered: torch.Tensor, own: torch.Tensor) -> None:
+    def all_gather(gathered: list[torch.Tensor], own: torch.Tensor) -> None:
         shares.append(own)
         if len(shares) == world_size:
-            gathered.copy_(torch.cat(shares))
+            for tensor, share in zip(gathered, shares, strict=True):
+                tensor.copy_(share)
 
     for rank in range(world_size):
-        group = mock.Mock(all_gather_into_tensor=all_gather)
+        group = mock.Mock(all_gather=all_gather)
         group.get_world_size.return_value, group.get_rank.return_value = world_size, rank
         monkeypatch.setattr(optim, "dist", group)
         found = orthogonalize_distributed(matrices)
@@ -356,7 +358,8 @@ import functools, sys, torch
 from torch import nn
 sys.path.insert(0, {root!r})
 from minigpt.dataset import Batch
-from minigpt.distributed import full_tensor, init_processes, parallelize, shard
+from minigpt.distributed import init_processes
+from minigpt.parallel import full_tensor, parallelize, shard
 from minigpt.optim import build_optimizer, local_rows
 from minigpt.training import build_scaler, train_step
 from model import GPT, GPTConfig
