@@ -61,7 +61,7 @@ def list_jobs() -> Iterator[Job]:
         flags = PRETRAIN | SIZES[size] | ARMS[arm] | changes
         job = Job(format_name(size, arm, changes), "pretrain.py", flags | {"save_every": flags["steps"] // 4})
         pretraining.append(job)
-    short = [job for job in pretraining if job.flags["steps"] <= 1000 and job.name.startswith("1M")]
+    short = [job for job in pretraining if job.flags["steps"] <= 2000 and job.name.startswith("1M")]
     yield from short
     for changes in list_finetuning():
         flags = FINETUNE | {"epochs": 2, "dropout": 0.1, "save_every": 10_000} | changes
@@ -97,6 +97,8 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
             changes = {"decay_fraction": decay_fraction} if decay_fraction != 0.5 else {}
             yield "1M", "muon", {"steps": 500, "lr": lr, "embedding_lr": 6.4e-2} | changes
     yield "1M", "adamw_wsd", {"lr": 4e-3, "embedding_lr": 1.6e-2, "decay_fraction": 0.8}
+    yield "1M", "muon", {"batch_tokens": 2048, "steps": 1000, "embedding_lr": 3.2e-2}
+    yield "1M", "adamw_wsd", {"batch_tokens": 2048, "steps": 2000, "lr": 4e-3, "embedding_lr": 1.6e-2}
     for lr in (2e-3, 4e-3):
         yield "3M", "adamw_wsd", {"lr": lr, "embedding_lr": 1.6e-2}
     for lr in (1e-2, 5e-3):
