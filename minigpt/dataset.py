@@ -5,13 +5,13 @@ computed, not stored. No loader state is saved: to resume is to ask for step s. 
 """
 
 import bisect
+import ctypes
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from minigpt.shards import SPLITS, open_arrays, read_meta
 from minigpt.tokenizer import load_tokenizer
 from model import IGNORE_INDEX
 
-N_READERS = 16  # threads that read rows of text: on network storage, each row waits for the network
+LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def train_batches(
     a multiple of `micro_batch_size * world_size`.
     """
     rows = global_rows(data.n_rows["train"], batch_size, seed, step)
-    return [data.batch("train", micro) for micro in rows.reshape(-1, world_size, micro_batch_size)[:, rank]]
+    own_rows = rows.reshape(-1, world_size, micro_batch_size)[:, rank]
+    data.read_ahead("train", own_rows.ravel())
+    return [data.batch("train", micro) for micro in own_rows]
 
 
 def val_batches(
@@ -134,6 +136,9 @@ class Dataset:
         """Return these rows of a split."""
         raise NotImplementedError
 
+    def read_ahead(self, split: str, rows: Sequence[int]) -> None:
+        """Start to read these rows all at once. On slow storage, `batch` would wait for each row."""
+
     def count_val_bytes(self, max_rows: int) -> int:
         """Return the bytes of text in the targets of the first `max_rows` validation rows; special tokens have none."""
         tokenizer = self.tokenizer
@@ -165,7 +170,6 @@ class TokenDataset(Dataset):
         for array in [array for split in SPLITS for array in self.arrays[split]]:
             if array.dtype != np.uint16:
                 raise UserError(f"{folder} holds arrays of {array.dtype}, expected uint16")
-        self.readers = ThreadPoolExecutor(N_READERS)
         self.starts = {split: np.cumsum([0, *map(len, self.arrays[split])]) for split in SPLITS}  # of each shard
         for split in SPLITS:
             n_tokens = int(self.starts[split][-1])
@@ -177,18 +181,23 @@ class TokenDataset(Dataset):
                 )
 
     def batch(self, split: str, rows: Sequence[int]) -> Batch:
-        shares = np.array_split(rows, min(len(rows), N_READERS))
-        windows = torch.from_numpy(np.concatenate([*self.readers.map(partial(self.windows, split), shares)]))
+        T = self.block_size
+        windows = torch.from_numpy(np.stack([self.window(split, int(row) * T, T + 1) for row in rows]))  # (B, T + 1)
         self.check_tokens(int(windows.max()), self.tokenizer.vocab_size)
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
-    def windows(self, split: str, rows: Sequence[int]) -> np.ndarray:
-        """Return the tokens of rows and the next token of each, (B, T + 1)."""
+    def read_ahead(self, split: str, rows: Sequence[int]) -> None:
         T = self.block_size
-        return np.stack([self.window(split, int(row) * T, T + 1) for row in rows])
+        for row in rows:
+            for piece in self.pieces(split, int(row) * T, T + 1):
+                start_reading(piece)
 
     def window(self, split: str, start: int, length: int) -> np.ndarray:
         """Return tokens start ... start + length - 1 of a split, across shards."""
+        return np.concatenate(self.pieces(split, start, length)).astype(np.int64)
+
+    def pieces(self, split: str, start: int, length: int) -> list[np.ndarray]:
+        """Return the slices of the mapped shards that hold these tokens. They are read when they are used."""
         pieces = []
         shard = bisect.bisect_right(self.starts[split], start) - 1
         while length > 0:
@@ -196,7 +205,15 @@ class TokenDataset(Dataset):
             piece = self.arrays[split][shard][offset : offset + length]
             pieces.append(piece)
             start, length, shard = start + len(piece), length - len(piece), shard + 1
-        return np.concatenate(pieces).astype(np.int64)
+        return pieces
+
+
+def start_reading(array: np.ndarray) -> int:
+    """Start to read a mapped array from the disk, without waiting for it; return 0, or -1 if this is impossible."""
+    address = array.ctypes.data
+    start = address - address % mmap.PAGESIZE
+    size = address + array.nbytes - start
+    return LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
 
 
 class ChatDataset(Dataset):

@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -60,8 +61,9 @@ class MetricsLogger:
     def __init__(self, run: Run, model: GPT, step: int, steps: int, batch_tokens: int, val_bytes_per_token: float):
         self.run, self.procs, self.batch_tokens = run, run.procs, batch_tokens
         self.val_bytes_per_token, self.on_cpu = val_bytes_per_token, self.procs.device.type == "cpu"
-        self.checked_duration = self.warned_of_straggler = False
+        self.checked_duration = False
         self.stragglers = StragglerDetector(model, self.procs)
+        self.n_slow: Counter[int] = Counter()  # how often each process was the slowest
         self.skipped_steps = 0  # consecutive
         flops, source = peak_flops(self.procs)
         self.peak_tokens_per_s = flops * self.procs.world_size / model.flops_per_token()
@@ -90,15 +92,10 @@ class MetricsLogger:
             row["loss_scale"] = loss_scale
         if not finite:
             row |= {"loss": None, "grad_norm": None, "skipped": True}  # JSON has no NaN
-        straggler = self.stragglers.check(step)
+        straggler = self.stragglers.end_step()
         self._write(step, row | straggler)
-        if straggler and not self.warned_of_straggler:
-            self.warned_of_straggler = True
-            self.progress.print(
-                "warning: process {slowest_process} needs {slowest_s:.3g} s for data and forward pass, the fastest"
-                " process {fastest_s:.3g} s; see slowest_process in log.jsonl".format_map(straggler),
-                file=sys.stderr,
-            )
+        if straggler:
+            self._warn_of_straggler(straggler)
         speed = f"{tokens_per_s:,.0f} tok/s" + ("" if self.on_cpu else f"  MFU {mfu:.1%}")
         self.progress.update(1, f"loss {loss:.4f}  {speed}  lr {lr:.2e}  norm {grad_norm:.2f}")
         if finite:
@@ -114,10 +111,22 @@ class MetricsLogger:
                 f"step {step:,} skipped: loss {loss}, gradient norm {grad_norm}; the weights are unchanged"
             )
         if self.skipped_steps == MAX_SKIPPED_STEPS:
+            self.run.finish_saving()
             newest = (list_checkpoints(self.run.folder) or ["none"])[-1]
             raise UserError(
                 f"loss or gradient was not finite in {MAX_SKIPPED_STEPS} consecutive steps, up to step {step:,}; the"
                 f" last good checkpoint is {newest}: lower --lr or check the data, and start again with another --out"
+            )
+
+    def _warn_of_straggler(self, straggler: dict[str, float]) -> None:
+        """Print a warning when a process is the slowest for the third time."""
+        rank = straggler["slowest_process"]
+        self.n_slow[rank] += 1
+        if self.n_slow[rank] == 3:
+            self.progress.print(
+                f"warning: process {rank} takes {straggler['slowest_s']:.3g} s per step for data and forward passes,"
+                f" the fastest process {straggler['fastest_s']:.3g} s; see slowest_process in log.jsonl",
+                file=sys.stderr,
             )
 
     def log_micro_batch(self, done: int, total: int) -> None:

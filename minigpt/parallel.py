@@ -1,4 +1,4 @@
-"""The model as it is trained: compiled, with DDP, or sharded."""
+"""Compilation, DDP and sharding of the model."""
 
 import contextlib
 import gc

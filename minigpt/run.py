@@ -84,7 +84,7 @@ class Run:
         self.schedule.check()
         self.saved_step = 0
         self.writer = ThreadPoolExecutor(max_workers=1)
-        self.saving: Future[None] = self.writer.submit(lambda: None)
+        self.pending_save: Future[None] | None = None  # on the main process
 
     def _lock_and_find_newest(self, verified: Path | None) -> Path | None:
         """Lock the folder and return its newest checkpoint, without comparing the checksums of `verified` again."""
@@ -201,7 +201,7 @@ class Run:
     ) -> None:
         """Copy the weights and optimiser state, and write the step's checkpoint in the background.
 
-        The previous checkpoint is completed first. Raises `UserError` if it could not be written.
+        Wait for the previous checkpoint first. Raises `UserError` if writing it failed.
         """
         self.finish_saving()
         self.saved_step = step
@@ -218,17 +218,19 @@ class Run:
                 "source": self.source,
                 "history": self.history,
             }
-            self.saving = self.writer.submit(self._write, model.config, weights, train_state, meta)
+            self.pending_save = self.writer.submit(self._write_and_prune, model.config, weights, train_state, meta)
 
-    def _write(self, config: GPTConfig, weights: dict[str, Tensor], train_state: dict[str, Tensor], meta: dict) -> None:
-        """Write a checkpoint, then prune old ones."""
+    def _write_and_prune(
+        self, config: GPTConfig, weights: dict[str, Tensor], train_state: dict[str, Tensor], meta: dict
+    ) -> None:
+        """Write a checkpoint, then delete old ones."""
         folder = self.folder / f"step_{meta['step']:06d}"
         checkpoint.save(folder, config, weights, self.tokenizer, train_state, meta)
         self._prune()
 
     def finish_saving(self) -> None:
-        """Wait until the last checkpoint is written. Raises `UserError` if it could not be."""
-        self.saving.result()
+        """Wait until the last checkpoint is written. All processes must call this; all raise its `UserError`."""
+        self.procs.call_on_main(lambda: self.pending_save and self.pending_save.result())
 
     def _prune(self) -> None:
         """Delete old checkpoints, except the last one before the decay, from which a longer run can continue."""
@@ -238,15 +240,18 @@ class Run:
     def stop_requested(self) -> bool:
         """Return whether any process received a signal or reached --max_minutes; then all stop after the same step.
 
-        Raises `UserError` if the last checkpoint could not be written.
+        Raises `UserError` if writing the last checkpoint has failed.
         """
-        if self.saving.done():
-            self.finish_saving()
         limit = self.config.max_minutes
         if limit is not None and time.monotonic() - self.started > 60 * limit:
             self.stop_reason = self.stop_reason or f"--max_minutes {limit:g}"
-        stop = torch.tensor(int(bool(self.stop_reason)), device=self.procs.device)
-        return bool(self.procs.all_reduce(stop))
+        save = self.pending_save
+        failed = save is not None and save.done() and save.exception() is not None
+        flags = torch.tensor([bool(self.stop_reason), failed], dtype=torch.int32, device=self.procs.device)
+        stop, failed = self.procs.all_reduce(flags).tolist()
+        if failed:
+            self.finish_saving()
+        return bool(stop)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         # Ctrl-C reaches every process, and torchrun forwards it: a signal within a second is the same Ctrl-C.

@@ -1,4 +1,4 @@
-"""Stragglers: processes whose GPU, machine or storage is slower than the others', which all wait for them."""
+"""Detection of stragglers: processes with a slower GPU, machine or storage, for which all others wait."""
 
 import time
 from collections.abc import Iterator
@@ -9,15 +9,14 @@ import torch
 from minigpt.distributed import Processes
 from model import GPT
 
-CHECK_EVERY = 10  # steps
-TOLERANCE = 1.2  # ratio of the times of the slowest and the fastest process
+COMPARE_EVERY = 10  # steps
+MAX_RATIO = 1.2  # of the seconds of the slowest and the fastest process
 
 
 class StragglerDetector:
-    """Compares the processes by the time that each spends on a step without waiting for another one.
+    """Comparison of the processes by their seconds for data and forward passes, in which DDP does not communicate.
 
-    These are the wait for data and the forward passes. DDP communicates in the backward pass only. A sharded model also
-    communicates in the forward pass, so a slow GPU is not found there.
+    A sharded model communicates in the forward pass. So there, slow storage is found, but not a slow GPU.
 
     Args:
         model: the model, before DDP.
@@ -26,10 +25,12 @@ class StragglerDetector:
 
     def __init__(self, model: GPT, procs: Processes):
         self.model, self.procs = model, procs
-        self.data_seconds, self.times = 0.0, []
+        self.n_steps = 0
+        self.data_seconds = self.forward_seconds = 0.0
+        self.times: list = []  # start and end of each forward pass of the current step
         if procs.world_size > 1:
-            model.register_forward_pre_hook(self._record)
-            model.register_forward_hook(self._record)
+            model.register_forward_pre_hook(self._record_time)
+            model.register_forward_hook(self._record_time)
 
     def time_data(self, batches: Iterator) -> Iterator:
         """Yield the same items, and measure the wait for each."""
@@ -39,8 +40,8 @@ class StragglerDetector:
             yield batch
             started = time.perf_counter()
 
-    def _record(self, *_: Any) -> None:
-        """Record the time at which the device starts or completes a forward pass."""
+    def _record_time(self, *_: Any) -> None:
+        """Record the time at which the device starts or ends a forward pass of a training step."""
         if not self.model.training:
             return
         if self.procs.device.type == "cuda":
@@ -50,25 +51,30 @@ class StragglerDetector:
         else:
             self.times.append(time.perf_counter())
 
-    def check(self, step: int) -> dict[str, float]:
-        """Compare the times of the last step, if it is due; all processes must call this after each step.
+    def end_step(self) -> dict[str, float]:
+        """Count a step whose forward passes the device has completed; all processes must call this after each step.
 
-        Returns {} if they differ by less than 20 %, else:
+        Returns {}, but after every tenth step in which the processes differ by 20 % or more:
             slowest_process: its rank.
-            slowest_s: its seconds for data and forward passes.
-            slowest_data_s: its seconds for data.
-            fastest_s: the seconds of the fastest process.
+            slowest_s: its mean seconds per step for data and forward passes.
+            slowest_data_s: the part of `slowest_s` for data.
+            fastest_s: the same as `slowest_s` for the fastest process.
         """
-        data_seconds, self.data_seconds = self.data_seconds, 0.0
-        times, self.times = self.times, []
-        if self.procs.world_size == 1 or step % CHECK_EVERY:
+        passes = zip(self.times[::2], self.times[1::2], strict=True)
+        on_gpu = self.procs.device.type == "cuda"
+        self.forward_seconds += sum(start.elapsed_time(end) / 1e3 if on_gpu else end - start for start, end in passes)
+        self.times.clear()
+        self.n_steps += 1
+        if self.procs.world_size == 1 or self.n_steps % COMPARE_EVERY:
             return {}
-        passes = zip(times[::2], times[1::2], strict=True)
-        forward = sum(a.elapsed_time(b) / 1e3 if self.procs.device.type == "cuda" else b - a for a, b in passes)
-        all_seconds = self.procs.all_gather((data_seconds + forward, data_seconds))
-        slowest = max(range(len(all_seconds)), key=all_seconds.__getitem__)
-        (slowest_s, slowest_data_s), (fastest_s, _) = all_seconds[slowest], min(all_seconds)
-        if slowest_s < TOLERANCE * fastest_s:
+        seconds = [(self.data_seconds + self.forward_seconds) / COMPARE_EVERY, self.data_seconds / COMPARE_EVERY]
+        self.data_seconds = self.forward_seconds = 0.0
+        if self.n_steps == COMPARE_EVERY:  # the first steps include compilation and reading without prefetching
+            return {}
+        all_seconds = self.procs.all_gather(seconds)
+        (slowest_s, slowest_data_s), (fastest_s, _) = max(all_seconds), min(all_seconds)
+        if slowest_s < MAX_RATIO * fastest_s:
             return {}
         row = {"slowest_s": slowest_s, "slowest_data_s": slowest_data_s, "fastest_s": fastest_s}
-        return {"slowest_process": slowest} | {name: round(seconds, 5) for name, seconds in row.items()}
+        rank = all_seconds.index([slowest_s, slowest_data_s])
+        return {"slowest_process": rank} | {name: round(value, 5) for name, value in row.items()}

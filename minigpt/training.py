@@ -139,6 +139,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
     batches = [batch.to(procs.device) for batch in batches]
+    # This waits for processes whose data is late, before the forward passes, which `StragglerDetector` times.
     n_targets = procs.all_reduce(torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum())
     loss_sum = torch.zeros((), device=procs.device)
     for i, batch in enumerate(batches):

@@ -1,7 +1,6 @@
 """Which rows come when, and what a row holds: the fast paths against slow and obvious ones."""
 
 import json
-import threading
 import tracemalloc
 from collections import Counter
 from itertools import pairwise
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_manifest
-from growth import write_sparse_dataset
+from dataset_size import write_sparse_dataset
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_shards import BARE_FORMATS, write_bin
 
+from minigpt import dataset
 from minigpt.chat import encode_chat
 from minigpt.cli import UserError
 from minigpt.dataset import (
@@ -26,6 +26,7 @@ from minigpt.dataset import (
     global_rows,
     pack_rows,
     permute,
+    start_reading,
     train_batches,
     val_batches,
 )
@@ -215,7 +216,7 @@ def test_a_row_is_a_slice_of_the_corpus(tmp_path_factory, n, shard_tokens, block
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path):
-    """`tests/growth.py` measures whole runs."""
+    """`tests/dataset_size.py` measures whole runs."""
     n_files = write_sparse_dataset(tmp_path / "data", 10**11)
     tracemalloc.start()
     data = TokenDataset(tmp_path / "data", 1024)
@@ -226,17 +227,30 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path):
     assert peak < 20e6, peak
 
 
-def test_rows_are_read_at_once(text, monkeypatch):
-    """Else slow storage would delay each row: four readers wait for each other here."""
-    barrier, window = threading.Barrier(4), TokenDataset.window
+def test_the_rows_of_a_step_are_read_ahead(text, monkeypatch):
+    """All of this process's rows before the first micro-batch: else slow storage would delay each row."""
+    started: list[tuple[int, int]] = []
 
-    def wait_and_read(*args: object) -> np.ndarray:
-        barrier.wait(timeout=30)
-        return window(*args)
+    def record(array: np.ndarray) -> int:
+        started.append((array.ctypes.data, array.nbytes))
+        return start_reading(array)
 
-    expected = text.batch("train", [3, 0, 5, 1])
-    monkeypatch.setattr(TokenDataset, "window", wait_and_read)
-    assert torch.equal(text.batch("train", [3, 0, 5, 1]).tokens, expected.tokens)
+    def check(data: TokenDataset, split: str, rows: np.ndarray) -> Batch:
+        assert len(started) >= 8
+        return batch(data, split, rows)
+
+    batch = TokenDataset.batch
+    monkeypatch.setattr(dataset, "start_reading", record)
+    monkeypatch.setattr(TokenDataset, "batch", check)
+    train_batches(text, step=3, seed=1, batch_size=16, micro_batch_size=2, rank=1, world_size=2)
+    own = global_rows(text.n_rows["train"], 16, 1, 3).reshape(4, 2, 2)[:, 1].ravel()
+    T = text.block_size
+    pieces = [piece for row in own for piece in text.pieces("train", int(row) * T, T + 1)]
+    assert started == [(piece.ctypes.data, piece.nbytes) for piece in pieces]
+
+
+def test_reading_ahead_is_possible(text):
+    assert all(start_reading(array) == 0 for split in ("train", "val") for array in text.arrays[split])
 
 
 def test_a_split_too_short_for_one_row(tmp_path):

@@ -15,7 +15,8 @@ from torch.distributed.run import get_args_parser
 SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "model")
 MODULES = sorted(f"minigpt.{file.stem}" for file in ROOT.glob("minigpt/*.py") if file.stem != "__init__")
 DISTRIBUTED_SCRIPTS = ("pretrain", "finetune", "evaluate")
-TRAINING_MODULES = {f"minigpt.{name}" for name in ("dataset", "hellaswag", "metrics", "optim", "run", "training")}
+TRAINING_MODULES = ("dataset", "hellaswag", "metrics", "optim", "run", "stragglers", "training")
+TRAINING_MODULES = {f"minigpt.{name}" for name in TRAINING_MODULES}
 
 
 def imports(name: str) -> set[str]:

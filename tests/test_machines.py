@@ -1,4 +1,4 @@
-"""Two machines: network namespaces with a cable between them. Needs root and iproute2."""
+"""Two machines, as network namespaces connected by a veth pair. Needs root and iproute2."""
 
 import contextlib
 import os
@@ -56,7 +56,8 @@ def launch(machine: str, log: Path, *command: object) -> subprocess.Popen:
 
 
 def last_step(run: Path) -> int:
-    return read_log(run)[-1]["step"] if (run / "log.jsonl").exists() else 0
+    rows = read_log(run) if (run / "log.jsonl").exists() else []
+    return rows[-1]["step"] if rows else 0
 
 
 def test_a_second_machine_joins_and_is_lost(machines, text_data, tmp_path):

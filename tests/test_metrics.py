@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import ROOT, TRAIN, read_log
 from test_faults import LONG, spawn, wait_for_step
+from test_slurm import wait_for
 
 import pretrain
-from minigpt import cli, metrics
+from minigpt import cli, metrics, runs
 from minigpt.cli import UserError
 from minigpt.distributed import Processes
 from minigpt.metrics import PEAK_FLOPS, MetricsLogger, open_tracker, peak_flops
@@ -35,6 +36,7 @@ def open_logger(folder: Path, steps: int, procs: Processes = SINGLE) -> MetricsL
     model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     config = SimpleNamespace(report_to=())
     run = SimpleNamespace(folder=folder, log_file=folder / "log.jsonl", procs=procs, config=config)
+    run.finish_saving = lambda: None
     return MetricsLogger(run, model, step=0, steps=steps, batch_tokens=16, val_bytes_per_token=4.0)
 
 
@@ -211,6 +213,7 @@ def test_interrupted_run_is_tracked_completely(text_data, tmp_path):
     for step, number, code in ((15, signal.SIGKILL, -9), (25, signal.SIGTERM, 75)):
         process = spawn(*args, cwd=tmp_path)
         wait_for_step(run, step, process)
+        wait_for(lambda: runs.list_checkpoints(run))
         process.send_signal(number)
         output = "".join(process.communicate(timeout=60))
         assert process.returncode == code, output

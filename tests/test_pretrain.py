@@ -134,7 +134,7 @@ def test_two_processes_equal_one(pretrained, text_data, tmp_path):
     """The same global batches, losses within float32 rounding; begun on two, gone on with on one, and the other way."""
     args = ("pretrain.py", "--data", text_data, *TRAIN, "--val_every", 4, "--save_every", 6)
     done = start(*args, "--out", "./two", "--micro_batch_size", 4, cwd=tmp_path, processes=2)
-    assert "Warning" not in done.stderr, done.stderr  # such as that a function is deprecated
+    assert "Warning" not in done.stderr, done.stderr  # for example a FutureWarning
     one, two = read_log(pretrained), read_log(tmp_path / "two")
     for key in ("loss", "val_loss"):
         expected = [row[key] for row in one if key in row]

@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import wait
@@ -188,11 +189,28 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(flags, monkeypatch):
     run, model, optimizer, _ = open_run(flags)
     monkeypatch.setattr(checkpoint, "save", mock.Mock(side_effect=UserError("the disk is full")))
     run.save(1, model, optimizer, SCALER, {})
-    wait([run.saving])
+    wait([run.pending_save])
     with pytest.raises(UserError, match="the disk is full"):
         run.stop_requested()
     with pytest.raises(UserError, match="the disk is full"):
         run.save(2, model, optimizer, SCALER, {})
+
+
+def test_a_stopped_run_waits_for_its_checkpoint(flags, monkeypatch):
+    """A job script must not find the file `stopped` before the checkpoint, from which it would resume."""
+    run_, model, optimizer, _ = open_run(flags)
+    write, found = checkpoint.save, []
+
+    def write_slowly(*args: object) -> None:
+        time.sleep(0.2)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "save", write_slowly)
+    monkeypatch.setattr(run, "write_file", lambda *args: found.extend(runs.list_checkpoints(run_.folder)))
+    run_.save(1, model, optimizer, SCALER, {})
+    with pytest.raises(SystemExit):
+        run_.save_and_exit(2, model, optimizer, SCALER)
+    assert [folder.name for folder in found] == ["step_000001", "step_000002"]
 
 
 def test_resumed_run_keeps_its_history(flags):
