@@ -34,6 +34,7 @@ MARKERS = "os^DvP"
 # Keys of the rows in log.jsonl.
 KEYS = ("loss", "val_loss", "bits_per_byte", "lr", "tokens_per_s", "hellaswag", "hellaswag_norm")
 NOISY_KEYS = ("loss", "tokens_per_s")
+PANELS = (("loss", "val_loss"), ("lr", "tokens_per_s", "bits_per_byte", "hellaswag"))  # top and bottom row
 TITLES = {"loss": "Training loss", "val_loss": "Validation loss", "lr": "Learning rate"}
 TITLES |= {
     "tokens_per_s": "Tokens per second",
@@ -96,23 +97,23 @@ def get_curves(rows: list[dict], x: str) -> Curves:
 
 def draw_figure(runs: dict[str, Curves], config: Config) -> Figure:
     """Draw the losses in the top row and the other metrics in the bottom row; `runs` maps legend labels to curves."""
-    hellaswag = any({"hellaswag", "hellaswag_norm"} & run.keys() for run in runs.values())
-    bits_per_byte = any("bits_per_byte" in run for run in runs.values())
-    bottom_row = ["lr", "tokens_per_s", *["bits_per_byte"] * bits_per_byte, *["hellaswag"] * hellaswag]
-    mosaic = [["loss"] * 6 + ["val_loss"] * 6, [panel for panel in bottom_row for _ in range(12 // len(bottom_row))]]
-    figure = Figure(figsize=(13, 8.5), dpi=130, layout="constrained")
-    axes = figure.subplot_mosaic(mosaic, height_ratios=[3, 2])
+    logged = {key.removesuffix("_norm") for run in runs.values() for key in run}
+    rows = [[panel for panel in row if panel in logged] for row in PANELS]
+    rows = [row for row in rows if row]
+    mosaic = [[panel for panel in row for _ in range(12 // len(row))] for row in rows]
+    figure = Figure(figsize=(13, 8.5 if len(rows) == 2 else 5.5), dpi=130, layout="constrained")
+    axes = figure.subplot_mosaic(mosaic, height_ratios=[3, 2][: len(rows)])
     for i, (label, run) in enumerate(runs.items()):
         draw_run(axes, i, label, run, config.smooth)
     for panel, axis in axes.items():
         set_y_scale(axis, panel, list(runs.values()), config.smooth)
         style_axis(axis, panel, config.x)
     legend = {"ncols": min(3, len(runs)), "handlelength": 4, "frameon": False, "fontsize": 11}
-    figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside upper center", **legend)
+    figure.legend(*next(iter(axes.values())).get_legend_handles_labels(), loc="outside upper center", **legend)
     average = f"Training loss and speed: mean over {100 * config.smooth:.3g} % of a run's steps, each step faint."
     skipped = any(np.isnan(run["loss"]).any() for run in runs.values() if "loss" in run)
-    caption = average * (config.smooth > 0) + " x: skipped step." * skipped
-    caption += " Dotted: HellaSwag normalised by length." * hellaswag
+    caption = average * (config.smooth > 0 and bool(logged & set(NOISY_KEYS))) + " x: skipped step." * skipped
+    caption += " Dotted: HellaSwag normalised by length." * ("hellaswag" in logged)
     figure.supxlabel(caption, fontsize=9, color="0.35")
     return figure
 
@@ -123,7 +124,7 @@ def draw_run(axes: dict[str, Axes], i: int, label: str, run: Curves, smooth: flo
     val_losses = filter_curve(run, "val_loss", smooth)[1]
     label = " " + label.replace("$", r"\$")  # Matplotlib hides labels that start with _, and parses $ as math
     label += f": best validation loss {val_losses.min():.4f}" if len(val_losses) else ""
-    axes["loss"].plot([], [], color=color, linestyle=dashes, marker=marker, label=label)
+    next(iter(axes.values())).plot([], [], color=color, linestyle=dashes, marker=marker, label=label)
     for key in run:
         axis, (x, y) = axes[key.removesuffix("_norm")], filter_curve(run, key, smooth)
         if key in NOISY_KEYS:

@@ -7,8 +7,9 @@
     python tests/recipe.py 1M/muon      # only the runs with this prefix
 
 Every run of a size sees the same tokens in the same order. Runs train in parallel, one per CPU core. Run the command
-again to resume; at the end, a table is printed. Each result is a line of docs/recipe.jsonl: the run's name, the
-validation loss after each number of tokens, and for finetuning the figures of evaluate.py.
+again to resume; at the end, tables are printed, and docs/recipe.png is drawn. Each result is a line of
+docs/recipe.jsonl: the run's name, the validation loss after each number of tokens, and for finetuning the figures of
+evaluate.py.
 """
 
 import itertools
@@ -40,6 +41,12 @@ ARMS = {
     "reference": {"optimizer": "adamw", "schedule": "cosine"},
     "adamw_wsd": {"optimizer": "adamw", "schedule": "wsd", "decay_fraction": 0.5},
     "muon": {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.5, "lr": 1e-2, "embedding_lr": 4e-3},
+}
+CURVES = {  # the runs of docs/recipe.png
+    "reference": "1M/reference/lr=0.004",
+    "adamw_wsd": "1M/adamw_wsd/lr=0.004,embedding_lr=0.016",
+    "muon": "1M/muon/lr=0.005,embedding_lr=0.032",
+    "muon, 600 steps": "1M/muon/steps=600,embedding_lr=0.032",
 }
 INITIAL = "1M/muon/embedding_lr=0.032"  # the run that is finetuned
 FINETUNE = {"data": ROOT / "data" / "recipe_dolly", "init": RUNS / INITIAL.replace("/", "_")} | SHARED
@@ -170,12 +177,13 @@ def tokens_to_reach(target: float, curve: list[list[float]]) -> float:
 def print_table(results: dict[str, list[list[float]]]) -> None:
     """Print the last loss of each run, and the fraction of the tokens at which it reaches that of the best AdamW run.
 
-    The best AdamW run is that of the same size with the default number of steps.
+    The best AdamW run is that of the same size with the default number of steps and the default seed.
     """
     for size, flags in SIZES.items():
         runs = {name: curve for name, curve in results.items() if name.startswith(f"{size}/")}
         n_tokens = flags["steps"] * SHARED["batch_tokens"]
-        targets = [c[-1][1] for name, c in runs.items() if "muon" not in name and c[-1][0] == n_tokens]
+        adamw = {name: curve for name, curve in runs.items() if "muon" not in name and "seed" not in name}
+        targets = [curve[-1][1] for curve in adamw.values() if curve[-1][0] == n_tokens]
         if not targets:
             continue
         print("\n| run | tokens | last loss | reaches the best AdamW's loss at |\n|---|---|---|---|")
@@ -183,6 +191,17 @@ def print_table(results: dict[str, list[list[float]]]) -> None:
             fraction = tokens_to_reach(min(targets), curve) / n_tokens
             reached = f"{fraction:.2f}" if fraction < math.inf else "-"
             print(f"| {name} | {curve[-1][0] / 1e6:.1f} M | {curve[-1][1]:.3f} | {reached} |")
+
+
+def draw_curves(results: dict[str, list[list[float]]]) -> None:
+    """Draw docs/recipe.png with plot.py, from the results alone."""
+    folders = [RUNS / "curves" / name for name in CURVES]
+    for folder, run in zip(folders, CURVES.values(), strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = ({"step": tokens // 4096, "tokens": tokens, "val_loss": loss} for tokens, loss in results[run])
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, ROOT / "plot.py", *CURVES, "--out", ROOT / "docs" / "recipe.png"]
+    subprocess.run(command, cwd=RUNS / "curves", check=True)
 
 
 def main(prefix: str = "") -> None:
@@ -199,6 +218,8 @@ def main(prefix: str = "") -> None:
             pool.shutdown(cancel_futures=True)
             raise
     print_table(read_results())
+    if set(CURVES.values()) <= read_results().keys():
+        draw_curves(read_results())
 
 
 if __name__ == "__main__":

@@ -55,6 +55,15 @@ def test_every_value_is_drawn_at_its_place(pretrained):
     )
 
 
+def test_no_panel_is_empty():
+    validation = [row for row in ROWS if "val_loss" in row]
+    panels = draw(validation, validation)
+    assert list(panels) == ["Validation loss", None]
+    assert len(panels[None].legends[0].get_texts()) == 2 and not panels[None].get_supxlabel()
+    steps = [row for row in ROWS if "loss" in row]
+    assert list(draw(steps)) == ["Training loss", "Learning rate", "Tokens per second", None]
+
+
 def test_x_axis():
     for x, last in {"tokens": 10_000, "steps": 100, "hours": 10_000 / 50 / 3600}.items():
         panels = draw(ROWS, x=x)
