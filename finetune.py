@@ -40,7 +40,7 @@ class Config(TrainConfig):
     data: str = resumable("data/dolly")
     out: str = resumable("runs/dolly")
     batch_tokens: int = 16_384
-    lr: float = 1e-4
+    lr: float = 5e-4
     steps: int | None = None
     """Optimiser steps, instead of --epochs."""
     dropout: float = 0.1
