@@ -13,6 +13,7 @@ import minigpt.interrupt  # noqa: F401 (first, for Ctrl-C)
 
 import math
 import shlex
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Literal
 import torch
 
 from minigpt import cli, training
-from minigpt.cli import UserError, resumable
+from minigpt.cli import UserError, plural, resumable
 from minigpt.dataset import ChatDataset, train_batches, val_batches
 from minigpt.distributed import init_processes
 from minigpt.metrics import MetricsLogger
@@ -80,7 +81,10 @@ def main(config: Config) -> None:
     if procs.is_main:
         print_data(config, data)
         epochs = steps * batch_size / data.n_rows["train"]
-        print(f"run        {run.folder}: {steps:,} steps, {epochs:.2f} epochs, {step:,} completed")
+        print(f"run        {run.folder}: {plural(steps, 'step')}, {epochs:.2f} epochs, {step:,} completed")
+        if steps < 20 and not config.steps:
+            hint = f"use a lower --batch_tokens, such as {block_size}, or more --epochs"
+            print(f"warning: only {plural(steps, 'step')}, too few to learn the conversations: {hint}", file=sys.stderr)
         training.print_model_and_batch(config, initial.source, model, procs, batch_size)
         print(f"lr         {run.schedule}")
     sizes = (batch_size, micro_batch_size, procs.rank, procs.world_size)
@@ -158,7 +162,7 @@ def print_data(config: Config, data: ChatDataset) -> None:
     """Print the size of the dataset and how full its packed rows are."""
     train, n_rows = data.meta["train"], data.n_rows["train"]
     print(
-        f"data       {config.data}: {train['documents']:,} conversations packed into {n_rows:,} rows,"
+        f"data       {config.data}: {plural(train['documents'], 'conversation')} packed into {plural(n_rows, 'row')},"
         f" {train['tokens'] / (n_rows * data.block_size):.1%} full; {train['loss_tokens']:,} tokens in the loss"
     )
 

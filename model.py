@@ -62,7 +62,7 @@ class GPTConfig:
 PRESETS = {
     "tiny": GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32),  # for tests
     "demo": GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=128, init_std=0.05),  # for a laptop CPU
-    "small": GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, init_std=0.028),  # 11M, for one small GPU
+    "small": GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, init_std=0.028),  # 30M with GPT-2's vocabulary
     "gpt2": GPTConfig(),  # 124M parameters
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M

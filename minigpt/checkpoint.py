@@ -62,6 +62,7 @@ def save(
         tokenizer.save(temporary)
         files = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         for file in files:
+            (temporary / file).chmod(0o644)  # safetensors allows only the owner; others may share the run
             fsync(temporary / file)
         own = {"version": FORMAT_VERSION, "model": asdict(config), "tokenizer": tokenizer.name, "files": files}
         unset = {"metrics": {}, "identity": {}, "config": {}, "source": {}, "history": []}

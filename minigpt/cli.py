@@ -28,12 +28,27 @@ class UserError(Exception):
     """A mistake that the user can correct. The message is one line: the value, the rule, the fix."""
 
 
+exit_code: int | None = None  # of `run`, once it is called
+
+
 def run(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
     """Parse the command line into `config_class`, call `main` with it, and turn errors into exit codes.
 
-    Exit codes: 0 done, 2 a mistake explained by one line on stderr, 1 another process hangs, 130 interrupted by Ctrl-C.
-    Any other exception is a bug and keeps its traceback.
+    Exit codes: 0 done, 2 a mistake explained by one line on stderr, 1 another process hangs or has ended, 130
+    interrupted by Ctrl-C. Any other exception is a bug and keeps its traceback.
     """
+    global exit_code
+    exit_code = 1  # unless `call_main` returns or exits with another code
+    try:
+        call_main(main, config_class, description)
+        exit_code = 0
+    except SystemExit as error:
+        exit_code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        raise
+
+
+def call_main(main: Callable[[Any], None], config_class: type, description: str | None) -> None:
+    """Parse the command line, call `main` and turn errors into exit codes."""
     import tyro
 
     faulthandler.enable(sys.__stderr__)  # prints a traceback if data is truncated under a running job (SIGBUS)
@@ -61,10 +76,13 @@ def run(main: Callable[[Any], None], config_class: type, description: str | None
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, so that torch is not imported here
             exit_with_error("out of GPU memory: for training halve --micro_batch_size, else lower --num_samples")
-        if "Timed out waiting" not in str(error):  # the message of gloo; NCCL ends the process by itself
-            raise
-        fix = "see --timeout_minutes; run the same command again to resume"
-        exit_with_error(f"another process hangs or is too slow: {fix}", code=1)
+        # These are the messages of gloo. NCCL ends the process by itself.
+        if "Timed out waiting" in str(error):
+            fix = "see --timeout_minutes; run the same command again to resume"
+            exit_with_error(f"another process hangs or is too slow: {fix}", code=1)
+        if any(text in str(error) for text in ("Connection reset by peer", "Connection closed by peer")):
+            exit_with_error("another process has ended: run the same command again to resume", code=1)
+        raise
     except OSError as error:  # disk full, no permission, read-only file system
         if error.errno is None:
             raise
@@ -104,6 +122,14 @@ def exit_with_error(message: str, code: int = 2) -> None:
         prefix = f"process {os.environ.get('RANK')}: "
     print(f"error: {prefix}{strip_control_chars(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
+
+
+def skip_shutdown() -> None:
+    """End the process with the exit code of `run`, as its last exit handler, without freeing objects."""
+    if exit_code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def format_docstring(text: str) -> str:

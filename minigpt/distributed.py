@@ -1,5 +1,6 @@
 """Processes of a training run: ranks, device, precision, communication."""
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minigpt.cli import UserError
+from minigpt.cli import UserError, skip_shutdown
 
 START_TIMEOUT = timedelta(minutes=10)  # machines may take minutes to start
 
@@ -71,10 +72,6 @@ class Processes:
         shares = self.all_gather([function(items[min(i, len(items) - 1)]) for i in indices])
         return [shares[i % self.world_size][i // self.world_size] for i in range(len(items))]
 
-    def all_equal(self, value: Any) -> bool:
-        """Return whether all processes pass the same value."""
-        return all(other == value for other in self.all_gather(value))
-
     def call_on_main(self, function: Callable, *args: Any) -> Any:
         """Call a function on the main process and return its result on all. All processes raise its user errors."""
         results: list = [None]
@@ -118,14 +115,16 @@ class Processes:
             torch.accelerator.synchronize(self.device)
 
     def close(self) -> None:
-        """Leave the process group.
+        """Wait for the other processes, which may need this one until they end.
 
-        A thread of gloo needs the GIL to free the tensors of the last collective. The barrier releases the GIL. Without
-        it, that thread and the main thread, which joins it, can deadlock.
+        The process group of gloo is not destroyed. One of its threads may still free the tensor of the last collective,
+        for which it needs the GIL, which the main thread would hold while it joins the thread. `skip_shutdown` ends the
+        process instead.
         """
         if dist.is_initialized():
             dist.barrier()
-            dist.destroy_process_group()
+            if dist.get_backend() == "nccl":
+                dist.destroy_process_group()
 
 
 def init_processes(
@@ -143,6 +142,7 @@ def init_processes(
         inductor_config.deterministic = True  # choose kernels without timing them
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
+        atexit.register(skip_shutdown)  # first, so that it is called last
         stop_with_launcher()
     if world_size > 1 and (device or "").startswith("cuda:"):
         raise UserError(f"--device {device} gives all processes the same GPU: use --device cuda")

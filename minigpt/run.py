@@ -68,8 +68,13 @@ class Run:
         }
         self.identity["data"] = data.fingerprint
         flags = asdict(config) | {"out": None, "data": data.fingerprint}  # paths may differ between machines
-        if not procs.all_equal(flags):
-            raise UserError("the processes have different flags or data: start every process with the same ones")
+        first, *others = procs.all_gather(flags)
+        for rank, other in enumerate(others, 1):
+            for name in (name for name in flags if other[name] != first[name]):
+                raise UserError(
+                    f"{name} differs between the processes: it is {first[name]} on process 0 and {other[name]} on"
+                    f" process {rank}; start all with the same flags and data"
+                )
         self.newest_checkpoint = procs.call_on_main(self._lock_and_find_newest, newest_checkpoint)
         self._check_shared_folder()
         self.stop_reason, self.signal_time = "", 0.0
@@ -258,7 +263,8 @@ class Run:
         if number == signal.SIGINT and self.signal_time and time.monotonic() - self.signal_time > 1:
             os._exit(130)
         if not self.signal_time and self.procs.is_main:
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop now\n")  # print() is not reentrant
+            hint = b"; press Ctrl-C again to stop now" if number == signal.SIGINT else b""
+            os.write(2, b"\nstopping after this step" + hint + b"\n")  # print() is not reentrant
         self.stop_reason = self.stop_reason or signal.Signals(number).name
         self.signal_time = self.signal_time or time.monotonic()
 

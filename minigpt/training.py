@@ -236,9 +236,11 @@ def choose_micro_batch_size(
         saved = None  # another size fits
     if saved and batch_size % (saved * procs.world_size) == 0:
         return saved
-    sizes = [2**i for i in range(12) if batch_size // procs.world_size % 2**i == 0]
+    n_rows = batch_size // procs.world_size
     if procs.device.type != "cuda":
-        return max(size for size in sizes if size * data.block_size <= max(4096, data.block_size))
+        max_size = max(1, 4096 // data.block_size)
+        return max(size for size in range(1, max_size + 1) if n_rows % size == 0)
+    sizes = [2**i for i in range(12) if n_rows % 2**i == 0]
     return find_max_micro_batch_size(model, data, optimizer, sizes, procs, config.compile)
 
 
@@ -328,7 +330,8 @@ def print_model_and_batch(config: TrainConfig, name: str, model: GPT, procs: Pro
         f" {procs.device.type}{', compiled' if config.compile else ''}"
         f"{', sharded' if is_sharded_model(model) else ''}"
     )
+    rows = plural(config.micro_batch_size, "row")
     print(
-        f"batch      {config.batch_tokens:,} tokens per step = {config.micro_batch_size} rows x {block_size} tokens x"
+        f"batch      {config.batch_tokens:,} tokens per step = {rows} x {block_size} tokens x"
         f" {plural(procs.world_size, 'process', 'processes')} x {plural(micro_batches, 'micro-batch', 'micro-batches')}"
     )

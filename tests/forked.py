@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -102,4 +103,5 @@ def run(command: list[str], cwd: str, env: dict, streams: list[str]) -> None:
             sys.path.insert(0, str(Path(command[0]).parent))
             runpy.run_path(command[0], run_name="__main__")
     finally:
+        threading._shutdown()
         atexit._run_exitfuncs()  # multiprocessing skips them

@@ -106,12 +106,12 @@ def list_pretraining() -> Iterator[tuple[str, str, dict]]:
     yield "1M", "adamw_wsd", {"lr": 4e-3, "embedding_lr": 1.6e-2, "decay_fraction": 0.8}
     yield "1M", "muon", {"batch_tokens": 2048, "steps": 1000, "embedding_lr": 3.2e-2}
     yield "1M", "adamw_wsd", {"batch_tokens": 2048, "steps": 2000, "lr": 4e-3, "embedding_lr": 1.6e-2}
-    for lr in (2e-3, 4e-3):
+    for lr in (2e-3, 4e-3, 1e-3):
         yield "3M", "adamw_wsd", {"lr": lr, "embedding_lr": 1.6e-2}
     for lr in (1e-2, 5e-3):
         yield "3M", "muon", {"steps": 600, "lr": lr, "embedding_lr": 3.2e-2}
+    yield "3M", "reference", {"lr": 2e-3}
     yield "3M", "muon", {"lr": 5e-3, "embedding_lr": 3.2e-2}
-    yield "3M", "reference", {"lr": 4e-3}
     yield "10M", "adamw_wsd", {"lr": 2e-3, "embedding_lr": 1.6e-2}
     yield "10M", "muon", {"steps": 600, "lr": 5e-3, "embedding_lr": 3.2e-2}
     for changes in ({}, {"weight_decay": 0}):

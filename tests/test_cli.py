@@ -70,6 +70,11 @@ def test_flags_become_the_config(monkeypatch):
         (UserError("a.jsonl: \x1b[31m\x9b2J, \u00e9"), 2, "error: a.jsonl: \ufffd[31m\ufffd2J, \u00e9"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (PermissionError(errno.EACCES, "Permission denied", "out/a.npy"), 2, "error: out/a.npy: Permission denied"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:542] Connection closed by peer [127.0.0.1]:3542"),
+            1,
+            "error: another process has ended: run the same command again to resume",
+        ),
         (OSError(errno.EIO, "Input/output error"), 2, "error: file system: Input/output error"),
         (
             OSError(errno.ENOSPC, "No space left on device", "out/a.npy"),

@@ -451,14 +451,15 @@ def choose_size(
 
 
 def test_the_size_of_a_micro_batch():
-    """The flag; else the saved size, if it divides; else a power of two that divides, about 4,096 tokens."""
+    """The flag; else the saved size, if it divides; else on a CPU the largest that divides, up to 4,096 tokens."""
     assert choose_size(3, {"micro_batch_size": 8}) == 3
     assert choose_size(None, {"micro_batch_size": 6}) == 6
     assert choose_size(None, {"micro_batch_size": 6, "shard": True}) == 4  # another size may fit
     assert choose_size(None, {"micro_batch_size": 7}) == choose_size(None, {}) == 4
     assert choose_size(None, {}, procs=replace(ALONE, world_size=12)) == 2
     assert choose_size(None, {}, rows=64, block_size=64) == 64
-    assert choose_size(None, {}, rows=3) == choose_size(None, {}, block_size=9999) == 1
+    assert choose_size(None, {}, rows=7, block_size=64) == 7
+    assert choose_size(None, {}, rows=5) == choose_size(None, {}, block_size=9999) == 1
 
 
 class OutOfMemory(GPT):
