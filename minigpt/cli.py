@@ -125,7 +125,7 @@ def exit_with_error(message: str, code: int = 2) -> None:
 
 
 def skip_shutdown() -> None:
-    """End the process with the exit code of `run`, as its last exit handler, without freeing objects."""
+    """End the process with the exit code of `run`, without freeing its objects; see `Processes.close`."""
     if exit_code is not None:
         sys.stdout.flush()
         sys.stderr.flush()

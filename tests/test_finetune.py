@@ -97,8 +97,12 @@ def test_two_processes_equal_one(chat_data, pretrained, tmp_path):
 def test_epochs_say_how_long(run_script, chat_data, pretrained, tmp_path):
     rows = ChatDataset(chat_data, 64).n_rows["train"]
     sizes = ("--batch_tokens", 512, "--micro_batch_size", 8, "--epochs", 1.5)
-    run_script("finetune.py", "--init", pretrained, "--data", chat_data, "--out", "./run", *sizes)
-    assert len(losses(tmp_path / "run")) == -(-1.5 * rows // 8)
+    done = run_script("finetune.py", "--init", pretrained, "--data", chat_data, "--out", "./run", *sizes)
+    n_steps = len(losses(tmp_path / "run"))
+    assert n_steps == -(-1.5 * rows // 8)
+    assert n_steps < 20 and f"warning: only {n_steps} steps, too few to learn the conversations" in done.stderr
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "run").glob("step_*/*")}
+    assert modes == {0o644}  # other users can load the checkpoint
 
 
 def test_from_models_of_other_repositories(run_script, gpt2_tokenizer, tmp_path):
